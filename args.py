@@ -1,0 +1,245 @@
+"""All flags in one flat dataclass. A flag is spelled like its attribute, so grep finds both.
+
+Names, defaults and meanings are those of the Hugging Face Trainer (v5) where it has the flag. To add a flag, add a line.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+from state import UsageError
+
+
+def arg(default, help: str, low: float | None = None, high: float | None = None):
+    """A field with its help text and, for numbers, the closed range of values that make sense."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass
+class TrainArgs:
+    """Every setting of a run; saved in each checkpoint. `check_args` says what is wrong with one."""
+
+    # -- where the run lives
+    output_dir: str = arg("trainer_output", "folder of the run: checkpoints and metrics.jsonl")
+    resume_from_checkpoint: str | None = arg(None, "True: newest checkpoint in output_dir, which must exist; auto: newest"
+                                             " if there is one, else start; or the path of a checkpoint")
+    seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1)
+    data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1)
+    full_determinism: bool = arg(False, "only deterministic kernels; an operation without one is an error")
+    use_cpu: bool = arg(False, "train on the CPU even where there is an accelerator")
+
+    # -- data
+    dataset: str | None = arg(None, "text, JSON, CSV or Parquet files (comma-separated, globs allowed) or a data set name;"
+                              " default: the source code of Python's standard library")
+    dataset_config_name: str | None = arg(None, "configuration of a named data set")
+    eval_dataset: str | None = arg(None, "files or name of the held-out data (default: 5%% of the blocks of --dataset)")
+    text_column: str = arg("text", "column that holds the text of JSON, CSV, Parquet and named data sets")
+    streaming: bool = arg(False, "read --dataset lazily, in its own order; needs --max_steps")
+    dataloader_drop_last: bool = arg(False, "leave out the last incomplete round of micro-batches of an epoch")
+
+    # -- model (model.py)
+    n_layer: int = arg(4, "transformer blocks", 1, 1000)
+    n_head: int = arg(4, "attention heads per block", 1, 1000)
+    n_embd: int = arg(128, "width of the model; a multiple of 2 * n_head", 1, 1_000_000)
+    block_size: int = arg(128, "tokens per training sample", 1, 100_000_000)
+    vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000)
+    dropout: float = arg(0.0, "probability of dropping an activation while training", 0, 0.999)
+    sample_length: int = arg(300, "bytes the model writes when training ends (0: none)", 0, 1_000_000)
+
+    # -- how long and how much at a time
+    num_train_epochs: float = arg(3.0, "passes over the data; fractions allowed", 0, 1e9)
+    max_steps: int = arg(-1, "updates to train for; above 0 it overrides num_train_epochs", -1, 10**12)
+    per_device_train_batch_size: int = arg(8, "samples per rank per forward pass (one micro-batch)", 1, 10**8)
+    per_device_eval_batch_size: int = arg(8, "samples per rank per forward pass of evaluation", 1, 10**8)
+    gradient_accumulation_steps: int = arg(1, "micro-batches per rank per update (one window)", 1, 10**8)
+
+    # -- the update
+    learning_rate: float = arg(5e-5, "peak learning rate", 0, 1e6)
+    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd"] = arg("adamw_torch_fused", "optimizer")
+    weight_decay: float = arg(0.0, "decoupled weight decay of matrices; biases and norms have none", 0, 1e6)
+    adam_beta1: float = arg(0.9, "decay of AdamW's first moment", 0, 0.999999999)
+    adam_beta2: float = arg(0.999, "decay of AdamW's second moment", 0, 0.999999999)
+    adam_epsilon: float = arg(1e-8, "AdamW's epsilon", 0, 1e6)
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this global norm (0: measured only)", 0, 1e12)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = arg("linear", "shape of the learning rate")
+    warmup_steps: float = arg(0, "updates of linear warm-up; below 1: the ratio of all updates", 0, 10**12)
+
+    # -- log, evaluate, save
+    logging_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to log")
+    logging_steps: float = arg(500, "updates between logs; below 1: the ratio of all updates", 0, 10**12)
+    logging_first_step: bool = arg(False, "log the first update too")
+    eval_strategy: Literal["no", "steps", "epoch"] = arg("no", "when to evaluate on the held-out data")
+    eval_steps: float | None = arg(None, "updates between evaluations (default: logging_steps)", 0, 10**12)
+    eval_delay: float = arg(0, "no evaluation before this many updates or epochs, by eval_strategy", 0, 10**12)
+    eval_on_start: bool = arg(False, "evaluate once before training")
+    save_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to save; the last update is saved too, unless no")
+    save_steps: float = arg(500, "updates between checkpoints; below 1: the ratio of all updates", 0, 10**12)
+    save_total_limit: int | None = arg(None, "checkpoints to keep, the newest ones (default: all)", 1, 10**9)
+    disable_tqdm: bool | None = arg(None, "no progress bar (default: none where stderr is not a terminal)")
+
+    def to_dict(self) -> dict:
+        """The settings as plain values, as `json.dump` takes them."""
+        return dataclasses.asdict(self)
+
+
+REMOVED = {   # flags people may bring along from the HF Trainer, and what to use here instead
+    "overwrite_output_dir": "use a new --output_dir, or --resume_from_checkpoint True", "logging_dir": "logs are in --output_dir",
+    "evaluation_strategy": "use --eval_strategy", "no_cuda": "use --use_cpu", "use_mps_device": "the device is found by itself",
+    "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "warmup_ratio": "use --warmup_steps with a ratio below 1",
+    "per_gpu_train_batch_size": "use --per_device_train_batch_size", "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
+    "save_safetensors": "checkpoints are always safetensors", "jit_mode_eval": "it has no successor", "past_index": "it has no successor",
+    "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "local_rank": "torchrun sets it in the environment",
+    "average_tokens_across_devices": "the loss is always averaged over the items of all ranks",
+    "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
+    "deepspeed": "sharding is written out in distributed.py", "fsdp": "sharding is written out in distributed.py",
+    "fsdp_config": "sharding is written out in distributed.py", "fsdp_min_num_params": "sharding is written out in distributed.py",
+    "fsdp_transformer_layer_cls_to_wrap": "sharding is written out in distributed.py",
+    "push_to_hub_token": "log in with huggingface_hub", "include_inputs_for_metrics": "compute_metrics is a function of yours",
+    "include_tokens_per_second": "tokens_per_second is in every log", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
+    "mp_parameters": "it has no successor", "use_ipex": "it has no successor", "tpu_num_cores": "there is no TPU support",
+    "split_batches": "batch sizes are per rank", "dispatch_batches": "each rank reads its own data", "torchdynamo": "it has no successor",
+    "ray_scope": "it has no successor", "fp16_opt_level": "it has no successor", "half_precision_backend": "PyTorch's own is used",
+    "fp16_backend": "PyTorch's own is used", "adafactor": "use --optim", "group_by_length": "it has no successor yet",
+    "accelerator_config": "batch sizes are per rank; see data.py", "parallelism_config": "parallelism is in distributed.py",
+    "do_train": "train.py always trains", "gradient_checkpointing": "it has no successor yet", "epochs": "use --num_train_epochs",
+    "batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate", "train_batch_size": "use --per_device_train_batch_size",
+    "eval_batch_size": "use --per_device_eval_batch_size", "resume": "use --resume_from_checkpoint", "data": "use --dataset",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> TrainArgs:
+    """The command line as `TrainArgs`. Raises one `UsageError` with every problem of the line, ranges included."""
+    fields = {f.name: f for f in dataclasses.fields(TrainArgs)}
+    hints = typing.get_type_hints(TrainArgs)
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]", description="Train a model.")
+    for f in fields.values():
+        choices = literal_choices(hints[f.name])
+        parser.add_argument(f"--{f.name}", nargs="?", const=MISSING, default=argparse.SUPPRESS,
+                            metavar="|".join(choices) if choices else type_name(hints[f.name]),
+                            help=f.metadata["help"] + ("" if f.default is None else f" [{f.default}]"))
+    # argparse takes a negative number for a flag; glued to its flag it cannot
+    words = list(sys.argv[1:] if argv is None else argv)
+    glued: list[str] = []
+    for word in words:
+        if glued and glued[-1].startswith("--") and "=" not in glued[-1] and not word.startswith("--"):
+            glued[-1] += "=" + word
+        else:
+            glued.append(word)
+    known, unknown = parser.parse_known_args(glued)
+    problems = [unknown_flag(word, list(fields)) for word in unknown]
+    values = {}
+    for name, text in vars(known).items():
+        try:
+            values[name] = convert(text, hints[name])
+        except ValueError as error:
+            problems.append(f"--{name}{'' if text is MISSING else ' ' + text}: {error}")
+    args = TrainArgs(**values)
+    problems += list_problems(args)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return args
+
+
+MISSING = "<no value>"   # what a flag without a value gets from argparse
+
+
+def unknown_flag(word: str, names: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r}: a stray word; flags are written --name value (quote globs and text with spaces)"
+    name = word.lstrip("-").partition("=")[0]
+    if name in REMOVED:
+        return f"--{name} is not a flag here: {REMOVED[name]}"
+    near = [n for n in names if n.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    return f"--{name} is not a flag" + (f": did you mean --{near[0]}?" if near else "; --help lists them all")
+
+
+def literal_choices(hint) -> tuple[str, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def type_name(hint) -> str:
+    options = [t for t in typing.get_args(hint) or (hint,) if t is not type(None)]
+    return {int: "INT", float: "NUMBER", bool: "True|False", str: "TEXT"}[options[0]]
+
+
+def convert(text: str, hint):
+    """`text` as the type of the field; ValueError says what was expected."""
+    if choices := literal_choices(hint):
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+    kind = type_name(hint)
+    if kind == "True|False":
+        if text.lower() not in ("true", "false", MISSING):
+            raise ValueError("expected True or False, or nothing for True")
+        return text.lower() != "false"
+    if text is MISSING:
+        raise ValueError("expected a value")
+    if text.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    if kind == "TEXT":
+        return text
+    try:
+        return int(text) if kind == "INT" else float(text)
+    except ValueError:
+        raise ValueError("expected a whole number" if kind == "INT" else "expected a number") from None
+
+
+def check_args(args: TrainArgs) -> None:
+    """Raises one `UsageError` with every problem of the settings; `parse_args` calls the same checks."""
+    if problems := list_problems(args):
+        raise UsageError("\n".join(problems))
+
+
+def list_problems(args: TrainArgs) -> list[str]:
+    problems = []
+    hints = typing.get_type_hints(TrainArgs)
+    for f in dataclasses.fields(args):
+        value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
+        choices = literal_choices(hints[f.name])
+        if choices and value not in choices:
+            problems.append(f"{f.name}={value!r} must be one of {', '.join(choices)}")
+        if low is None or value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            problems.append(f"{f.name}={value!r} must be a number from {low:g} to {high:g}")
+        elif not math.isfinite(value) or not low <= value <= high:
+            problems.append(f"{f.name}={value} must be from {low:g} to {high:g}")
+        elif type_name(hints[f.name]) == "INT" and value != int(value):
+            problems.append(f"{f.name}={value} must be a whole number")
+    if problems:
+        return problems   # the checks below compare values that must make sense on their own
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            problems.append(message)
+
+    for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+        value = getattr(args, name)
+        if value is not None and name != "warmup_steps":
+            need(value <= 1 or value == int(value), f"{name}={value} must be a whole number of updates, or a ratio below 1")
+    need(args.max_steps != 0, "max_steps=0 trains nothing: give at least 1, or -1 to count by num_train_epochs")
+    need(args.max_steps > 0 or args.num_train_epochs > 0,
+         f"num_train_epochs={args.num_train_epochs} trains nothing: give more than 0, or --max_steps")
+    need(args.logging_strategy != "steps" or args.logging_steps > 0, "logging_steps=0 with --logging_strategy steps: "
+         "give at least 1, or --logging_strategy no")
+    need(args.eval_strategy != "steps" or args.eval_steps is None or args.eval_steps > 0,
+         "eval_steps=0 with --eval_strategy steps: give at least 1, or --eval_strategy no")
+    need(args.save_strategy != "steps" or args.save_steps > 0, "save_steps=0 with --save_strategy steps: "
+         "give at least 1, or --save_strategy no")
+    need(args.n_embd % (2 * args.n_head) == 0,
+         f"n_embd={args.n_embd} must be a multiple of 2 * n_head = {2 * args.n_head}: rotary positions turn pairs in each head")
+    need(not args.streaming or args.dataset is not None, "--streaming needs --dataset: the default data is read whole")
+    need(not args.streaming or args.max_steps > 0, "--streaming needs --max_steps: a stream has no length to count epochs by")
+    need(args.eval_dataset is None or args.dataset is not None, "--eval_dataset needs --dataset: the default data brings its own")
+    need(args.output_dir.strip() != "", "output_dir is empty: name a folder")
+    need(args.text_column.strip() != "", "text_column is empty: name a column")
+    args.output_dir = os.path.expanduser(args.output_dir)
+    return problems

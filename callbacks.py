@@ -1,0 +1,177 @@
+"""Callbacks: what is watched, and who may ask to log, evaluate, save or stop. What decides training maths is never here.
+
+Event names, order, signatures and control flags are those of the HF Trainer, so a callback written for it runs here as it is.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from distributed import World, unwrap
+from state import Run
+
+
+@dataclass
+class Control:
+    """What callbacks ask for. The loop clears a flag when it obeys it (semantics of transformers' TrainerControl)."""
+
+    should_training_stop: bool = False
+    should_epoch_stop: bool = False
+    should_save: bool = False
+    should_evaluate: bool = False
+    should_log: bool = False
+    stop_signal: int = 0      # a signal some rank caught: save, then leave
+
+
+FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+CLEARED_BEFORE = {"on_train_begin": ("should_training_stop",), "on_epoch_begin": ("should_epoch_stop",),
+                  "on_step_begin": ("should_log", "should_evaluate", "should_save"),
+                  "on_log": ("should_log",), "on_evaluate": ("should_evaluate",), "on_save": ("should_save",)}
+AGREED_AFTER = ("on_train_begin", "on_epoch_begin", "on_step_end", "on_epoch_end", "on_log", "on_evaluate", "on_save")
+
+
+class Callback:
+    """Override the events you want. Every event gets (args, state, control, **kwargs), with kwargs model, optimizer,
+    lr_scheduler (the schedule function), train_dataloader, eval_dataloader, and logs or metrics where there are some.
+
+    `state` gives what a checkpoint should keep of this callback, JSON values under "attributes"; they are set on resume.
+    """
+
+    def on_init_end(self, args, state, control, **kwargs): pass
+    def on_train_begin(self, args, state, control, **kwargs): pass
+    def on_epoch_begin(self, args, state, control, **kwargs): pass
+    def on_step_begin(self, args, state, control, **kwargs): pass
+    def on_substep_end(self, args, state, control, **kwargs): pass
+    def on_pre_optimizer_step(self, args, state, control, **kwargs): pass
+    def on_optimizer_step(self, args, state, control, **kwargs): pass
+    def on_step_end(self, args, state, control, **kwargs): pass
+    def on_log(self, args, state, control, **kwargs): pass
+    def on_prediction_step(self, args, state, control, **kwargs): pass
+    def on_evaluate(self, args, state, control, **kwargs): pass
+    def on_predict(self, args, state, control, **kwargs): pass
+    def on_save(self, args, state, control, **kwargs): pass
+    def on_epoch_end(self, args, state, control, **kwargs): pass
+    def on_train_end(self, args, state, control, **kwargs): pass
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {}}
+
+
+class Callbacks:
+    """The callbacks of a run, the flags they share, and the history file they are told about."""
+
+    def __init__(self, callbacks: list):
+        self.callbacks, self.control = list(callbacks), Control()
+        self.dataloaders: dict = {"train_dataloader": None, "eval_dataloader": None}
+        self.caught_signal = 0   # by this rank, not yet agreed
+
+    def fire(self, event: str, run: Run, **kwargs) -> None:
+        """Calls `event` on every callback, then agrees on the flags over ranks: a flag set on any rank is set on all."""
+        for flag in CLEARED_BEFORE.get(event, ()):
+            setattr(self.control, flag, False)
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                changed = method(run.args, run.state, self.control, model=unwrap(run.model), optimizer=run.optimizer,
+                                 lr_scheduler=run.schedule, processing_class=None, **self.dataloaders, **kwargs)
+                self.control = changed if isinstance(changed, Control) else self.control
+        if event in AGREED_AFTER:
+            self.agree(run.world)
+
+    def agree(self, world: World) -> None:
+        *flags, signal = world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.caught_signal)
+        for flag, value in zip(FLAGS, flags):
+            setattr(self.control, flag, bool(value))
+        self.control.stop_signal = signal
+
+    def log(self, run: Run, logs: dict) -> None:
+        """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank.
+
+        The row is one write, so a reader sees it whole; NaN and Infinity are written as Python's json does.
+        """
+        logs["epoch"] = run.state.epoch
+        if run.world.is_main:
+            with open(run.state.log_path, "a") as file:
+                file.write(json.dumps({**logs, "step": run.state.global_step}) + "\n")
+            run.state.log_bytes = os.path.getsize(run.state.log_path)
+        self.fire("on_log", run, logs=logs)
+
+    def truncate_log(self, run: Run) -> None:
+        """Cuts metrics.jsonl to the length it had at the checkpoint: rows logged after it will be logged again."""
+        if run.world.is_main:
+            with open(run.state.log_path, "a") as file:
+                file.truncate(run.state.log_bytes)
+
+    def states(self) -> list[list]:
+        """[class name, state] of each callback that has something to keep, for the checkpoint."""
+        found = [[type(c).__name__, c.state()] for c in self.callbacks if hasattr(c, "state")]
+        return [[name, state] for name, state in found if state.get("attributes")]
+
+    def load_states(self, saved: list[list]) -> None:
+        waiting = list(self.callbacks)
+        for name, state in saved:
+            match = next((c for c in waiting if type(c).__name__ == name), None)
+            if match is None:
+                print(f"warning: the checkpoint holds the state of a callback {name} that this run does not have", file=sys.stderr)
+                continue
+            waiting.remove(match)
+            for key, value in state["attributes"].items():
+                setattr(match, key, value)
+
+
+class ProgressCallback(Callback):
+    """A bar with loss, learning rate and speed; where there is no terminal, one line per log. Rank 0 only."""
+
+    def __init__(self, disable_tqdm: bool | None = None):
+        self.disable = not sys.stderr.isatty() if disable_tqdm is None else disable_tqdm
+        self.bar: tqdm | None = None
+        self.eval_bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.disable:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {show(logs['loss'])} lr {show(logs['learning_rate'])} "
+                                     f"{show(logs['tokens_per_second'])} tokens/s")
+        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {show(v)}" for k, v in logs.items())
+        if self.bar is None:
+            print(line, flush=True)
+        elif "loss" not in logs:
+            self.bar.write(line)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if not self.disable and eval_dataloader is not None:
+            if self.eval_bar is None:
+                length = len(eval_dataloader) if eval_dataloader.num_samples is not None else None
+                self.eval_bar = tqdm(total=length, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True)
+            self.eval_bar.update(1)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.eval_bar is not None:
+            self.eval_bar.close()
+            self.eval_bar = None
+
+    on_predict = on_evaluate
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def show(value) -> str:
+    if value is None:
+        return "none"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

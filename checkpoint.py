@@ -1,0 +1,293 @@
+"""Checkpoints: `output_dir/checkpoint-N` after update N, exact to the bit on resume, and complete whenever the name exists.
+
+    model.safetensors      weights under the bare model's names; a tied weight once
+    optimizer.safetensors  optimizer state, "parameter name.state name"
+    rng-R.json             random number generators of rank R: python, numpy, torch, cuda
+    state.json             TrainState, callbacks, and the world size that wrote it
+    args.json              the run's arguments
+    manifest.json          written last: size and SHA-256 of every other file
+
+A checkpoint is written as `tmp-checkpoint-N` and renamed once, after all ranks are done. No file is ever unpickled.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from typing import Iterator
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distributed import World, rng_state, set_rng_state, set_seed, unwrap
+from state import Run, TrainState, UsageError
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+# ---------------------------------------------------------------------------------------------------- save
+
+def save_checkpoint(run: Run) -> str:
+    """Writes `checkpoint-{global_step}` with all ranks, then removes the oldest beyond --save_total_limit. Returns its path.
+
+    Raises UsageError (exit code 5) on all ranks if any of them cannot write; older checkpoints are untouched then.
+    """
+    output_dir, world = run.args.output_dir, run.world
+    final = os.path.join(output_dir, f"checkpoint-{run.state.global_step}")
+    tmp = os.path.join(output_dir, f"tmp-checkpoint-{run.state.global_step}")
+    with saving(world, tmp):
+        if world.is_main:
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.makedirs(tmp)
+    with saving(world, tmp):
+        write_json(tmp, f"rng-{world.rank}.json", rng_state())
+        if world.is_main:
+            write_tensors(tmp, "model.safetensors", model_tensors(unwrap(run.model)))
+            write_tensors(tmp, "optimizer.safetensors", optimizer_tensors(unwrap(run.model), run.optimizer))
+            write_json(tmp, "args.json", run.args.to_dict())
+            write_json(tmp, "state.json", {"state": run.state.to_dict(), "callbacks": run.callbacks.states(),
+                                           "world_size": world.world_size, "torch": torch.__version__})
+    with saving(world, tmp):
+        if world.is_main:
+            write_json(tmp, "manifest.json", {"format": 1, "files": describe_files(tmp)})
+            sync(tmp)
+            if os.path.exists(final):   # written by a run that went further than the checkpoint this one resumed from
+                shutil.rmtree(final)
+            os.rename(tmp, final)
+            sync(output_dir)
+            rotate(output_dir, run.args.save_total_limit)
+    return final
+
+
+@contextlib.contextmanager
+def saving(world: World, path: str) -> Iterator[None]:
+    """A part of a save that all ranks enter and leave together; an error of one is an error of all."""
+    error = None
+    try:
+        yield
+    except OSError as failure:
+        error = UsageError(f"cannot write {path}: {failure}; free space or permissions there, then resume", 5)
+    world.raise_together(error)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights by name. A weight with two names (tied) is kept under the first."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as "parameter name.state name"; numbers become 0-d tensors."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {f"{names[id(p)]}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+            for p, state in optimizer.state.items() for key, value in state.items() if value is not None}
+
+
+def write_tensors(folder: str, name: str, tensors: dict[str, Tensor]) -> None:
+    path = os.path.join(folder, name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.chmod(path, 0o666 & ~current_umask())   # safetensors makes it readable by its owner alone
+    sync(path)
+
+
+def write_json(folder: str, name: str, content: dict) -> None:
+    path = os.path.join(folder, name)
+    with open(path, "w") as file:
+        json.dump(content, file, indent=1)
+    sync(path)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def sync(path: str) -> None:
+    """Forces a file or folder to the disk: a rename must not become durable before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_files(folder: str) -> dict[str, dict]:
+    files = {}
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name), "rb") as file:
+            files[name] = {"bytes": os.path.getsize(file.name), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return files
+
+
+def rotate(output_dir: str, limit: int | None) -> None:
+    """Keeps the newest `limit` checkpoints."""
+    for step in list_checkpoints(output_dir)[limit or sys.maxsize:]:
+        shutil.rmtree(os.path.join(output_dir, f"checkpoint-{step}"))
+
+
+# ---------------------------------------------------------------------------------------------------- find
+
+def prepare_output_dir(output_dir: str) -> None:
+    """Makes the folder and shows that it can be written, before any work is done. Called on rank 0."""
+    probe = os.path.join(output_dir, ".probe")
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with open(probe, "w"):
+            os.remove(probe)
+        for name in os.listdir(output_dir):
+            if name.startswith("tmp-checkpoint-"):   # left by a save that was killed
+                shutil.rmtree(os.path.join(output_dir, name))
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be written: {error}", 5) from None
+
+
+def list_checkpoints(output_dir: str) -> list[int]:
+    """Steps of the checkpoints in a folder, newest first."""
+    matches = (CHECKPOINT.fullmatch(name) for name in os.listdir(output_dir)) if os.path.isdir(output_dir) else ()
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def find_checkpoint(args, world: World) -> str | None:
+    """What --resume_from_checkpoint means, the same on every rank: the path of a complete checkpoint, or None to start.
+
+    Raises UsageError: exit code 2 if output_dir holds a run and no flag says what to do with it, 3 if there is nothing
+    to resume from.
+    """
+    wanted, output_dir = args.resume_from_checkpoint, args.output_dir
+    choice, error = -1, None
+    if world.is_main:
+        try:
+            prepare_output_dir(output_dir)
+            choice = choose_checkpoint(wanted, output_dir)
+        except UsageError as failure:
+            error = failure
+    world.raise_together(error)
+    choice, = world.max(choice)
+    if choice >= 0:
+        return os.path.join(output_dir, f"checkpoint-{choice}")
+    return None if wanted in (None, "auto") or wanted.lower() in ("true", "false") else wanted
+
+
+def choose_checkpoint(wanted: str | None, output_dir: str) -> int:
+    """The step to resume from in output_dir, or -1 for none of its own: a fresh start, or an explicit path."""
+    steps = list_checkpoints(output_dir)
+    log = os.path.join(output_dir, "metrics.jsonl")
+    if wanted is None or wanted.lower() == "false":
+        if steps or (os.path.exists(log) and os.path.getsize(log)):
+            raise UsageError(f"--output_dir {output_dir} already holds a run ({f'checkpoint-{steps[0]}' if steps else 'metrics.jsonl'}): "
+                             f"go on with it by --resume_from_checkpoint True, or start another one in a new --output_dir")
+        return -1
+    if wanted.lower() in ("true", "auto"):
+        for step in steps:
+            path = os.path.join(output_dir, f"checkpoint-{step}")
+            problem = find_damage(path)
+            if problem is None:
+                return step
+            print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
+        if steps or wanted.lower() == "true":
+            raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if steps else ''}checkpoint in {output_dir}; "
+                             f"give the path of one, or start a new run in another --output_dir", 3)
+        return -1
+    if (problem := find_damage(wanted)) is not None:
+        raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
+    return -1
+
+
+def find_damage(path: str) -> str | None:
+    """What is wrong with a checkpoint folder compared with its manifest, or None."""
+    if not os.path.isdir(path):
+        return "no such folder"
+    try:
+        manifest = read_json(path, "manifest.json")
+        expected = manifest["files"]
+        found = describe_files(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no readable manifest.json ({error})"
+    found.pop("manifest.json", None)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected:
+            return f"{name} is {'missing' if name not in found else 'not in its manifest'}"
+        if found[name] != expected[name]:
+            return f"{name} is not what was saved: {found[name]['bytes']} bytes, expected {expected[name]}"
+    return None
+
+
+def read_json(folder: str, name: str) -> dict:
+    with open(os.path.join(folder, name)) as file:
+        return json.load(file)
+
+
+# ---------------------------------------------------------------------------------------------------- load
+
+def load_state(path: str | None) -> TrainState:
+    """The progress stored in a checkpoint; a fresh one without a checkpoint."""
+    return TrainState(**read_json(path, "state.json")["state"]) if path else TrainState()
+
+
+def load_checkpoint(run: Run, path: str) -> None:
+    """Puts weights, optimizer, callbacks and this rank's random generators where the checkpoint left them.
+
+    The flags given now stay as they are; what differs from the checkpoint's is printed. Raises UsageError (exit code 3)
+    if the tensors are not those of this run's model and optimizer.
+    """
+    load_model(unwrap(run.model), path)
+    load_optimizer(unwrap(run.model), run.optimizer, path)
+    stored = read_json(path, "state.json")
+    run.callbacks.load_states(stored["callbacks"])
+    if run.world.is_main:
+        print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
+        if stored["world_size"] != run.world.world_size:
+            print(f"  ranks: {stored['world_size']} -> {run.world.world_size}; random numbers start anew from the seed")
+        saved_args = read_json(path, "args.json")
+        for field in dataclasses.fields(run.args):
+            old, new = saved_args.get(field.name), getattr(run.args, field.name)
+            if old != new and field.name not in ("output_dir", "resume_from_checkpoint", "disable_tqdm"):
+                print(f"  --{field.name}: {old} -> {new}")
+    if stored["world_size"] == run.world.world_size:
+        set_rng_state(read_json(path, f"rng-{run.world.rank}.json"))
+    else:
+        set_seed(run.args.seed + run.world.rank + run.state.global_step)
+
+
+def load_model(model: nn.Module, path: str) -> None:
+    """Loads model.safetensors of a checkpoint folder into a bare model; names and shapes must match."""
+    tensors = load_file(os.path.join(path, "model.safetensors"))
+    check_tensors(path, "model.safetensors", {k: v.shape for k, v in model_tensors(model).items()},
+                  {k: v.shape for k, v in tensors.items()})
+    model.load_state_dict(tensors, strict=False)   # tied names are not in the file; all others were just checked
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> None:
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(os.path.join(path, "optimizer.safetensors")).items():
+        name, _, state_name = key.rpartition(".")
+        parts.setdefault(name, {})[state_name] = tensor
+    trained = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    if unknown := sorted(parts.keys() - set(trained)):
+        raise UsageError(f"{path}/optimizer.safetensors has state of parameters that this run does not train: {unknown[:10]}", 3)
+    packed = optimizer.state_dict()   # its groups hold the flags given now
+    packed["state"] = {index: parts[name] for index, name in enumerate(trained) if name in parts}
+    optimizer.load_state_dict(packed)
+
+
+def check_tensors(path: str, name: str, expected: dict, found: dict) -> None:
+    problems = [f"{key}: {tuple(found[key]) if key in found else 'missing'} in the file, "
+                f"{tuple(expected[key]) if key in expected else 'nothing'} in the model"
+                for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UsageError(f"{path}/{name} is of another model; give the model flags it was trained with:\n  "
+                         + "\n  ".join(problems[:10]) + more, 3)

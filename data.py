@@ -1,0 +1,361 @@
+"""Data: files to tokens, tokens to blocks, blocks to the micro-batches of one rank.
+
+The order of epoch e is `torch.randperm(n)` seeded with seed + e, and micro-batch i of it goes to rank i mod world_size, so
+every rank works out its own part alone and the number of samples seen is the whole position: a resumed run slices.
+To train on something else, change `build_data`; anything with `__len__` and `__getitem__` (or `__iter__`) goes through `Loader`.
+"""
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import platform
+import sysconfig
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from args import TrainArgs
+from collators import IGNORE
+from state import Batch, UsageError
+
+
+# ---------------------------------------------------------------------------------------------------- micro-batches
+
+class Loader:
+    """The micro-batches of one rank, in an order that depends only on (seed, epoch).
+
+    dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order.
+    collate: list of samples -> batch of tensors with `num_items`.
+    seed: of the epoch orders; None reads in sequence.
+    vocab_size: if given, token ids in `input_ids` and same-shaped `labels` are checked against it.
+
+    All ranks get equally many micro-batches. A rank without samples in the last round gets one filler sample, marked by
+    num_samples = 0, that the training and evaluation loops give no weight.
+    """
+
+    def __init__(self, dataset, collate: Callable[[Any], Batch], batch_size: int, rank: int = 0, world_size: int = 1,
+                 seed: int | None = None, drop_last: bool = False, vocab_size: int | None = None):
+        self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
+        self.rank, self.world_size, self.seed, self.drop_last = rank, world_size, seed, drop_last
+        self.vocab_size = None if isinstance(dataset, Blocks) else vocab_size   # blocks are checked when they are cut
+        self.round_size = batch_size * world_size       # samples of all ranks in one round of micro-batches
+        self.num_samples = len(dataset) if hasattr(dataset, "__len__") else None   # None: a stream, unknown
+        if self.num_samples == 0:
+            raise UsageError("the data set is empty: it has 0 samples")
+        if drop_last and self.num_samples is not None and self.num_samples < self.round_size:
+            raise UsageError(f"--dataloader_drop_last leaves nothing of {self.num_samples} samples: one round of micro-batches "
+                             f"takes {batch_size} samples x {world_size} ranks; use a smaller batch or keep the last round")
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch, the same on every rank."""
+        return self.rounds(self.num_samples)
+
+    def rounds(self, samples: int) -> int:
+        return samples // self.round_size if self.drop_last else -(-samples // self.round_size)
+
+    def is_end(self, samples_seen: int) -> bool:
+        """Whether a pass is over; of a stream that is only known when it ends."""
+        return self.num_samples is not None and self.rounds(self.num_samples - samples_seen) == 0
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Micro-batches of one pass, from the sample at position `start` of its order on."""
+        samples = self.order(epoch)[start:] if self.num_samples is not None else islice(iter(self.dataset), start, None)
+        for at, round_ in enumerate(self.cut(samples)):
+            if self.drop_last and len(round_) < self.round_size:
+                return
+            mine = round_[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
+            first = start + at * self.round_size + self.rank * self.batch_size
+            yield self.batch(mine if len(mine) else round_[:1], num_samples=len(mine), position=first)
+
+    def order(self, epoch: int) -> Tensor:
+        if self.seed is None:
+            return torch.arange(self.num_samples)
+        return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+
+    def cut(self, samples: Tensor | Iterator) -> Iterator:
+        if isinstance(samples, Tensor):
+            yield from samples.split(self.round_size) if len(samples) else ()
+        else:
+            while round_ := list(islice(samples, self.round_size)):
+                yield round_
+
+    def batch(self, mine: Tensor | list, num_samples: int, position: int) -> Batch:
+        if isinstance(mine, list):
+            samples, names = mine, range(position, position + len(mine))
+        else:
+            names = mine.tolist()
+            fetch = getattr(self.dataset, "__getitems__", None)
+            samples = fetch(names) if fetch else [self.dataset[i] for i in names]
+        batch = self.collate(samples)
+        if "num_items" not in batch:
+            raise UsageError("the collator must return num_items, the number of label items its loss sums over: "
+                             "add \"num_items\": int((labels != -100).sum()), or the number of samples")
+        if self.vocab_size is not None:
+            check_ids(batch, names, self.vocab_size)
+        return {**batch, "num_items": int(batch["num_items"]) if num_samples else 0, "num_samples": num_samples}
+
+
+def check_ids(batch: Batch, names, vocab_size: int) -> None:
+    """Token ids (B, T) in [0, vocab_size), labels of the same shape too or -100; else an error that names the sample."""
+    ids = batch.get("input_ids")
+    for key in ("input_ids", "labels"):
+        values = batch.get(key)
+        if values is None or ids is None or values.shape != ids.shape:
+            continue
+        bad = (values < 0) | (values >= vocab_size)
+        if key == "labels":
+            bad &= values != IGNORE
+        if bad.any():
+            row, column = (int(i) for i in bad.nonzero()[0])
+            raise UsageError(f"sample {names[row]}: {key}[{column}] is {int(values[row, column])}, outside the vocabulary "
+                             f"0..{vocab_size - 1}" + (" (-100 marks what is ignored)" if key == "labels" else ""))
+
+
+# ---------------------------------------------------------------------------------------------------- blocks of tokens
+
+class Blocks:
+    """Tokens cut into training samples of block_size tokens; each token but the first is a label exactly once.
+
+    tokens: (N,) integers. starts: (n,) first positions of the blocks that belong to this set.
+    A sample is input_ids (T,) = tokens[s:s+T] and labels (T,) = the next token of each; past the end, labels are -100.
+    """
+
+    def __init__(self, tokens: Tensor, starts: Tensor, block_size: int):
+        self.num_tokens, self.starts = len(tokens), starts
+        self.tokens = torch.cat([tokens, tokens.new_zeros(block_size)])
+        self.window = torch.arange(block_size + 1)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """One gather for the whole batch: no work per sample in Python."""
+        positions = self.starts[indices][:, None] + self.window                      # (B, T + 1)
+        tokens = self.tokens[positions].long()
+        labels = tokens[:, 1:].masked_fill(positions[:, 1:] >= self.num_tokens, IGNORE)
+        return {"input_ids": tokens[:, :-1], "labels": labels}
+
+
+def block_starts(tokens: Tensor, block_size: int, vocab_size: int, what: str) -> Tensor:
+    """First positions of consecutive blocks; the last one may be shorter. Checks that there is data, and in range."""
+    if len(tokens) <= block_size:
+        raise UsageError(f"{what}: {len(tokens)} tokens are not one block of --block_size {block_size} and its next token; "
+                         f"give more data or a smaller --block_size")
+    if (top := int(tokens.max())) >= vocab_size:
+        position = int((tokens >= vocab_size).nonzero()[0, 0])
+        raise UsageError(f"{what}: sample {position // block_size} has token {int(tokens[position])} at position "
+                         f"{position % block_size}, and the largest is {top}; raise --vocab_size {vocab_size} above it")
+    return torch.arange(0, len(tokens) - 1, block_size)
+
+
+def held_out(block: bytes) -> bool:
+    """Whether a block (or a file, by its name) is held-out data: one in twenty, by hash, wherever it stands."""
+    return hashlib.sha256(block).digest()[0] < 13
+
+
+def split_blocks(tokens: Tensor, starts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """`starts` of the training blocks and of the held-out ones."""
+    data = tokens.numpy()
+    out = torch.tensor([held_out(data[s:s + block_size].tobytes()) for s in starts.tolist()])
+    return starts[~out], starts[out]
+
+
+class BlockStream:
+    """The same blocks read lazily, one document after the other, in memory of one document and one block.
+
+    documents: called for each pass, gives an iterator of bytes. part: "train" skips held-out blocks, "eval" keeps only
+    them, None keeps all.
+    """
+
+    def __init__(self, documents: Callable[[], Iterable[bytes]], block_size: int, vocab_size: int, part: str | None, what: str):
+        self.documents, self.block_size, self.vocab_size = documents, block_size, vocab_size
+        self.part, self.what = part, what
+
+    def __iter__(self) -> Iterator[Batch]:
+        T, buffer, seen = self.block_size, b"", 0
+        for number, document in enumerate(self.documents()):
+            if document and max(document) >= self.vocab_size:
+                raise UsageError(f"{self.what}: document {number} has token {max(document)}; "
+                                 f"raise --vocab_size {self.vocab_size} above it")
+            buffer += document
+            seen += len(document)
+            whole = (len(buffer) - 1) // T * T if buffer else 0
+            for at in range(0, whole, T):
+                yield from self.sample(buffer[at:at + T + 1])
+            buffer = buffer[whole:]
+        if seen <= T:
+            raise UsageError(f"{self.what}: {seen} tokens are not one block of --block_size {T} and its next token")
+        if len(buffer) > 1:
+            yield from self.sample(buffer)
+
+    def sample(self, block: bytes) -> Iterator[Batch]:
+        T = self.block_size
+        if self.part is not None and held_out(block[:T]) != (self.part == "eval"):
+            return
+        tokens = torch.zeros(T + 1, dtype=torch.int64)
+        tokens[:len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+        labels = tokens[1:].clone()
+        labels[len(block) - 1:] = IGNORE
+        yield {"input_ids": tokens[:-1], "labels": labels}
+
+
+# ---------------------------------------------------------------------------------------------------- where tokens come from
+
+@dataclass
+class Data:
+    """Training and held-out samples, one line that says what they are, and a digest of the training tokens ("" for a stream)."""
+
+    train: Any
+    eval: Any
+    about: str
+    digest: str
+
+
+def build_data(args: TrainArgs) -> Data:
+    """The data of --dataset and --eval_dataset as blocks of bytes; by default Python's own source code."""
+    cut = args.block_size, args.vocab_size
+    if args.dataset is None:
+        train, evals, about = stdlib_tokens()
+        data = Data(Blocks(train, block_starts(train, *cut, "training data"), args.block_size),
+                    Blocks(evals, block_starts(evals, *cut, "held-out data"), args.block_size), about, digest(train))
+    elif args.streaming:
+        def stream(name: str, part: str | None) -> BlockStream:
+            rows = read_rows(name, args)
+            return BlockStream(lambda: documents(rows, args.text_column), *cut, part, name)
+        split = args.eval_dataset is None
+        data = Data(stream(args.dataset, "train" if split else None),
+                    stream(args.dataset, "eval") if split else stream(args.eval_dataset, None),
+                    f"{args.dataset}, streamed in its own order", "")
+    else:
+        tokens = read_tokens(args.dataset, args)
+        starts = block_starts(tokens, *cut, args.dataset)
+        if args.eval_dataset is None:
+            starts, out = split_blocks(tokens, starts, args.block_size)
+            evals = tokens
+            if not len(starts):
+                raise UsageError(f"{args.dataset}: every block fell to the held-out 5%; give more data, or --eval_dataset")
+        else:
+            evals = read_tokens(args.eval_dataset, args)
+            out = block_starts(evals, *cut, args.eval_dataset)
+        data = Data(Blocks(tokens, starts, args.block_size), Blocks(evals, out, args.block_size) if len(out) else None,
+                    f"{args.dataset}, {len(tokens):,} bytes", digest(tokens))
+    if data.digest:
+        data.about += f", sha256 {data.digest}"
+    if data.eval is None and (args.eval_strategy != "no" or args.eval_on_start):
+        raise UsageError(f"{args.dataset}: no block fell to the held-out 5%: give --eval_dataset, or more data, or --eval_strategy no")
+    return data
+
+
+def digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy()).hexdigest()[:16]
+
+
+def to_tokens(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+
+def stdlib_tokens() -> tuple[Tensor, Tensor, str]:
+    """Training and held-out bytes of Python's standard library, split by file name, test folders left out.
+
+    Files are joined by a zero byte, which no source file contains: a model learns to start and end a file.
+    Where Python comes without its source, torch's and numpy's are read instead.
+    """
+    root = sysconfig.get_path("stdlib")
+    files = source_files(root)
+    about = f"source of Python {platform.python_version()}'s standard library"
+    if sum(os.path.getsize(f) for f in files) < 1_000_000:
+        roots = [os.path.dirname(module.__file__) for module in (torch, np)]
+        root = os.path.commonpath(roots)
+        files = [f for r in roots for f in source_files(r)]
+        about = f"source of torch {torch.__version__} and numpy {np.__version__}"
+    parts: dict[bool, list[bytes]] = {False: [], True: []}
+    for name in files:
+        with open(name, "rb") as file:
+            parts[held_out(os.path.relpath(name, root).replace(os.sep, "/").encode())].append(file.read())
+    train, evals = (to_tokens(b"\0" + b"\0".join(part) + b"\0") for part in (parts[False], parts[True]))
+    return train, evals, f"{about}: {len(files)} files, {len(train) + len(evals):,} bytes, split by file"
+
+
+def source_files(root: str) -> list[str]:
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in skip)
+        found += [os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")]
+    return found
+
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}   # else text
+
+
+def read_rows(name: str, args: TrainArgs):
+    """Rows of files, of a folder or of a named data set, through `datasets.load_dataset`."""
+    files = find_files(name)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets   # 0.6 s and 250 MB, so only where it is asked for
+    kwargs: dict[str, Any] = {"split": "train", "streaming": args.streaming}
+    if files is None:
+        path = name
+        kwargs["name"] = args.dataset_config_name
+    else:
+        kinds = {FORMATS.get(os.path.splitext(f)[1].lower(), "text") for f in files}
+        if len(kinds) > 1:
+            raise UsageError(f"{name}: files of different kinds ({', '.join(sorted(kinds))}); give files of one kind")
+        path = kinds.pop()
+        kwargs["data_files"] = files
+        if path == "text":
+            kwargs["keep_linebreaks"] = True
+        elif files[0].lower().endswith(".tsv"):
+            kwargs["delimiter"] = "\t"
+    try:
+        rows = datasets.load_dataset(path, **kwargs)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+        raise UsageError(f"{name}: no such file, and no data set of that name could be reached ({error})") from None
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise UsageError(f"{name}: cannot be read as {path}: {error.__cause__ or error}") from None
+    column = "text" if path == "text" else args.text_column
+    if rows.column_names is not None and column not in rows.column_names:
+        raise UsageError(f"{name}: no column {column!r}; give --text_column, one of {', '.join(rows.column_names)}")
+    return rows
+
+
+def find_files(name: str) -> list[str] | None:
+    """The files that a comma-separated list of paths and globs names; None if it is a folder or the name of a data set."""
+    if os.path.isdir(name):
+        return None
+    files = []
+    for part in name.split(","):
+        found = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+        files += [os.path.expanduser(f) for f in found]
+        if not found:
+            raise UsageError(f"{part}: no file matches")
+    missing = [f for f in files if not os.path.isfile(f)]
+    if len(missing) == len(files) == 1 and not os.path.splitext(name)[1] and name.count("/") <= 1:
+        return None
+    if missing:
+        raise UsageError(f"no such file: {', '.join(missing[:10])}")
+    if empty := [f for f in files if os.path.getsize(f) == 0]:
+        raise UsageError(f"empty file: {', '.join(empty[:10])}")
+    return files
+
+
+def documents(rows, column: str) -> Iterator[bytes]:
+    """Bytes of each row. Rows of text files are lines and keep their breaks; other rows end with a zero byte."""
+    lines = rows.column_names == ["text"] and rows.info.builder_name == "text"
+    for number, row in enumerate(rows):
+        text = row["text" if lines else column]
+        if not isinstance(text, str):
+            raise UsageError(f"row {number}: column {column!r} holds {text!r}, expected text")
+        yield text.encode() if lines else text.encode() + b"\0"
+
+
+def read_tokens(name: str, args: TrainArgs) -> Tensor:
+    return to_tokens(b"".join(documents(read_rows(name, args), args.text_column)))

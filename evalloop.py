@@ -1,0 +1,125 @@
+"""Evaluation and prediction: exact over any batch size and number of ranks, and without effect on training."""
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from distributed import World, rng_state, set_rng_state, unwrap
+from state import Batch, LossFn, Run
+
+PredictFn = Callable[[nn.Module, Batch], Tensor]   # (model, micro-batch) -> predictions (B, ...)
+
+
+def model_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """The default prediction: the model's output for everything in the batch but the labels."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs)
+
+
+@contextlib.contextmanager
+def evaluating(run: Run) -> Iterator[nn.Module]:
+    """The bare model in eval mode without gradients; its mode and all random generators are put back afterwards."""
+    model, rng = unwrap(run.model), rng_state()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(was_training)
+        set_rng_state(rng)
+
+
+def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tensor, Tensor], dict] | None = None,
+             predict_fn: PredictFn = model_outputs, prefix: str = "eval") -> dict[str, float]:
+    """Loss and metrics over the whole data set, logged, and given to on_evaluate.
+
+    {prefix}_loss is the sum of losses over the sum of label items, over all ranks: no batching can change it.
+    compute_metrics(predictions, labels) gets the CPU tensors (n, ...) of all ranks in data order, on every rank.
+    """
+    start, world = time.perf_counter(), run.world
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    num_items = num_samples = num_batches = 0
+    outputs: list[tuple[Tensor, Tensor]] = []
+    with evaluating(run) as model:
+        for batch in loader.epoch():
+            inputs = to_device(batch, world.device)
+            if batch["num_samples"]:
+                with run.precision.autocast():
+                    loss_sum = loss_sum + loss_fn(model, inputs).double()     # on the device: no sync per batch
+            if compute_metrics is not None:
+                with run.precision.autocast():
+                    predictions = predict_fn(model, inputs)
+                outputs.append((gather_rows(world, predictions, batch["num_samples"]),
+                                gather_rows(world, inputs["labels"], batch["num_samples"])))
+            num_items += batch["num_items"]
+            num_samples += batch["num_samples"]
+            num_batches += 1
+            run.callbacks.fire("on_prediction_step", run)
+    num_items, num_samples = world.sum(num_items, num_samples)
+    total = float(world.gather(loss_sum).sum())
+    metrics = {f"{prefix}_loss": total / num_items if num_items else float("nan")}
+    if compute_metrics is not None:
+        predictions, labels = (join_rows(part) for part in zip(*outputs))
+        for key, value in compute_metrics(predictions, labels).items():
+            metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = plain_number(value)
+    seconds = time.perf_counter() - start
+    metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds,
+                f"{prefix}_steps_per_second": num_batches / seconds}
+    run.callbacks.log(run, metrics)
+    run.callbacks.fire("on_evaluate", run, metrics=metrics)
+    return metrics
+
+
+def predict(run: Run, loader, predict_fn: PredictFn = model_outputs) -> Tensor:
+    """Predictions (n, ...) for the whole data set in data order, as one CPU tensor on every rank."""
+    outputs = []
+    with evaluating(run) as model:
+        for batch in loader.epoch():
+            with run.precision.autocast():
+                predictions = predict_fn(model, to_device(batch, run.world.device))
+            outputs.append(gather_rows(run.world, predictions, batch["num_samples"]))
+            run.callbacks.fire("on_prediction_step", run)
+    predictions = join_rows(outputs)
+    run.callbacks.fire("on_predict", run, metrics={})
+    return predictions
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The tensors of a micro-batch on `device`; its counts stay behind."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+def gather_rows(world: World, rows: Tensor, num_samples: int) -> Tensor:
+    """Rows (B, ...) of all ranks in rank order, that is in data order, without filler: (sum of num_samples, ...).
+
+    Ranks may differ in every size; shorter rows are filled with -100 as in the HF Trainer.
+    """
+    rows = rows.detach().cpu()
+    if world.world_size == 1:
+        return rows
+    shapes = world.gather(torch.tensor([num_samples, *rows.shape]))                      # (world, 1 + ndim)
+    padded = pad_to(rows, shapes[:, 1:].amax(0).tolist())
+    return torch.cat([part[:n] for part, n in zip(world.gather(padded), shapes[:, 0].tolist())])
+
+
+def join_rows(parts) -> Tensor:
+    """Rows of several batches as one tensor, shorter ones filled with -100."""
+    sizes = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist() if parts[0].ndim > 1 else []
+    return torch.cat([pad_to(part, [len(part), *sizes]) for part in parts])
+
+
+def pad_to(tensor: Tensor, shape: list[int]) -> Tensor:
+    if list(tensor.shape) == shape:
+        return tensor
+    padded = tensor.new_full(shape, -100)
+    padded[tuple(slice(n) for n in tensor.shape)] = tensor
+    return padded
+
+
+def plain_number(value):
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,302 @@
+"""The training loop and the update. Everything that decides training maths is in `train_step`, in order, on one screen."""
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import time
+from itertools import islice
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from checkpoint import save_checkpoint
+from distributed import clip_grads, set_grad_sync
+from evalloop import evaluate, to_device
+from optim import set_lr
+from state import Batch, LossFn, Run, TrainState
+
+
+def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> tuple[Tensor, Tensor] | None:
+    """One optimizer update from one window of micro-batches.
+
+    `loss_fn` returns a SUM over label items. Dividing by their count over the window and all ranks makes 1x8, 2x4 and 8x1
+    the same update wherever the padding falls (tests/test_update.py).
+
+    Returns this rank's share of the mean loss () and the gradient norm before clipping (), both on the device; None if
+    no rank had a label item, and then nothing is updated.
+    """
+    state, world = run.state, run.world
+    num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window),
+                                                   sum(mb["num_samples"] for mb in window),
+                                                   sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
+    share = grad_norm = None
+    if num_items > 0:
+        share = torch.zeros((), device=world.device)
+        for i, micro_batch in enumerate(window):
+            last = i + 1 == len(window)
+            set_grad_sync(run.model, last)                     # reduce once per window
+            weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing
+            with run.precision.autocast():
+                loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))          # ()
+            run.precision.backward(loss_sum * (weight / num_items))
+            if weight:
+                share = share + loss_sum.detach() / num_items  # no .item(): the host stays ahead of the device
+            if not last:
+                run.callbacks.fire("on_substep_end", run)
+        grad_norm = clip_grads(run.model, run.args.max_grad_norm)
+        run.callbacks.fire("on_pre_optimizer_step", run)
+        state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
+        run.optimizer.step()
+        run.callbacks.fire("on_optimizer_step", run)
+        run.optimizer.zero_grad(set_to_none=True)
+    else:
+        state.skipped_steps += 1
+        state.empty_steps += 1
+    state.global_step += 1
+    state.samples_seen += num_samples
+    state.total_samples += num_samples
+    state.num_input_tokens_seen += num_tokens
+    return None if share is None else (share, grad_norm)
+
+
+def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=None) -> dict:
+    """Trains until state.max_steps, or until a callback or a signal stops it. Returns the last row of metrics.
+
+    Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal the
+    update is finished and saved, and SystemExit(128 + signal) is raised.
+    """
+    args, state, callbacks = run.args, run.state, run.callbacks
+    control, meter = callbacks.control, Meter(run)
+    callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
+    if state.global_step >= state.max_steps and "train_loss" in (last := (state.log_history or [{}])[-1]):
+        return last                                            # finished before this start
+    callbacks.truncate_log(run)
+    run.model.train()
+    with catching_signals(run):
+        callbacks.fire("on_train_begin", run)
+        if args.eval_on_start and state.global_step == 0:
+            meter.evaluate(eval_loader, loss_fn, compute_metrics)
+        while state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps and not control.should_training_stop:
+            callbacks.fire("on_epoch_begin", run)
+            steps_before, resumed_at = state.global_step, state.samples_seen
+            batches = train_loader.epoch(state.epochs_done, start=state.samples_seen)
+            while window := list(islice(batches, args.gradient_accumulation_steps)):   # the last one may be shorter
+                callbacks.fire("on_step_begin", run)
+                meter.add(train_step(run, window, loss_fn))
+                state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / micro_batches_per_epoch(args, train_loader)
+                ask_at_step_end(run)
+                callbacks.fire("on_step_end", run)
+                log_evaluate_save(run, meter, eval_loader, loss_fn, compute_metrics)
+                if control.stop_signal:
+                    stop_for_signal(run, meter)
+                if control.should_epoch_stop or control.should_training_stop:
+                    break
+            if state.global_step == steps_before and not resumed_at:
+                print("warning: an epoch without a single sample; training stops", file=sys.stderr)
+                control.should_training_stop = True
+            if control.should_epoch_stop or not control.should_training_stop or train_loader.is_end(state.samples_seen):
+                state.epochs_done, state.samples_seen = state.epochs_done + 1, 0
+            ask_at_epoch_end(run)
+            callbacks.fire("on_epoch_end", run)
+            log_evaluate_save(run, meter, eval_loader, loss_fn, compute_metrics)
+        if args.save_strategy != "no":
+            meter.save_once()
+        metrics = meter.final_metrics()
+        callbacks.log(run, metrics)
+        callbacks.fire("on_train_end", run)
+    return metrics
+
+
+def log_evaluate_save(run: Run, meter: Meter, eval_loader, loss_fn: LossFn, compute_metrics) -> None:
+    """Obeys what was asked for, in the order log, evaluate, save."""
+    control = run.callbacks.control
+    if control.should_log:
+        run.callbacks.log(run, meter.row())
+    if control.should_evaluate:
+        meter.evaluate(eval_loader, loss_fn, compute_metrics)
+    if control.should_save:
+        meter.save()
+
+
+def ask_at_step_end(run: Run) -> None:
+    """When to log, evaluate, save and stop by the number of updates. Callbacks may change their mind in on_step_end."""
+    args, state, control = run.args, run.state, run.callbacks.control
+    step = state.global_step
+    if args.logging_strategy == "steps" and step % state.logging_steps == 0 or args.logging_first_step and step == 1:
+        control.should_log = True
+    if args.eval_strategy == "steps" and step % state.eval_steps == 0 and step >= args.eval_delay:
+        control.should_evaluate = True
+    if args.save_strategy == "steps" and step % state.save_steps == 0:
+        control.should_save = True
+    if step >= state.max_steps:
+        control.should_training_stop = True
+        control.should_evaluate |= args.eval_strategy == "steps"
+        control.should_save |= args.save_strategy == "steps"
+
+
+def ask_at_epoch_end(run: Run) -> None:
+    args, state, control = run.args, run.state, run.callbacks.control
+    control.should_log |= args.logging_strategy == "epoch"
+    control.should_evaluate |= args.eval_strategy == "epoch" and state.epoch >= args.eval_delay
+    control.should_save |= args.save_strategy == "epoch"
+
+
+class Meter:
+    """What updates leave on the device until a log, a save or the end wants it on the host; and the training clock,
+    which stands still while the run evaluates or saves."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.shares: list[Tensor] = []          # of the updates since the last `collect`, on the device
+        self.grad_norm: Tensor | None = None
+        self.began = time.perf_counter()
+        self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
+        self.saved_step = run.state.global_step or None     # a resumed run starts at a saved update
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.since, self.since_tokens = time.perf_counter(), self.run.state.num_input_tokens_seen
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def add(self, result: tuple[Tensor, Tensor] | None) -> None:
+        if result is not None:
+            self.shares.append(result[0])
+            self.grad_norm = result[1]
+
+    def collect(self) -> None:
+        """Brings losses and gradient norm to the host, the losses summed over ranks, and into the state.
+
+        The state keeps each update's loss, so means do not depend on where saves fell in between: resume stays exact.
+        """
+        state = self.run.state
+        if self.shares:
+            by_rank = self.run.world.gather(torch.stack(self.shares).double()).tolist()      # (world_size, updates)
+            for parts in zip(*by_rank):
+                loss = sum(parts)
+                state.recent_losses.append(loss)
+                state.total_loss += loss
+                state.nan_steps += not math.isfinite(loss)
+            state.grad_norm = float(self.grad_norm)
+            self.shares.clear()
+
+    def row(self) -> dict:
+        """The log of the updates since the last log: their mean loss, the last one's gradient norm and learning rate."""
+        self.collect()
+        state = self.run.state
+        losses = state.recent_losses
+        seconds = time.perf_counter() - self.since
+        row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm,
+               "learning_rate": state.learning_rate,
+               "tokens_per_second": (state.num_input_tokens_seen - self.since_tokens) / seconds}
+        for name in ("nan_steps", "empty_steps"):
+            if count := getattr(state, name) - getattr(state, f"recent_{name}"):
+                row[name] = count
+            setattr(state, f"recent_{name}", getattr(state, name))
+        losses.clear()
+        self.restart_clock()
+        return row
+
+    def evaluate(self, eval_loader, loss_fn: LossFn, compute_metrics) -> None:
+        with self.paused():
+            evaluate(self.run, eval_loader, loss_fn, compute_metrics)
+
+    def save(self) -> None:
+        self.collect()
+        with self.paused():
+            save_checkpoint(self.run)
+            self.saved_step = self.run.state.global_step
+            self.run.callbacks.fire("on_save", self.run)
+
+    def save_once(self) -> None:
+        """Saves unless the checkpoint of this update exists."""
+        if self.saved_step != self.run.state.global_step:
+            self.save()
+
+    def final_metrics(self) -> dict:
+        self.collect()
+        state, seconds = self.run.state, time.perf_counter() - self.began
+        applied = state.global_step - state.empty_steps
+        return {"train_runtime": seconds, "train_samples_per_second": (state.total_samples - self.first_sample) / seconds,
+                "train_steps_per_second": (state.global_step - self.first_step) / seconds,
+                "total_flos": state.num_input_tokens_seen * 6.0 * parameters_outside_embeddings(self.run.model),
+                "train_loss": state.total_loss / max(applied, 1)}
+
+
+def parameters_outside_embeddings(model: torch.nn.Module) -> int:
+    """N of the 6 N D rule for training FLOPs (Kaplan et al. 2020, section 2.1)."""
+    inside = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in inside)
+
+
+def plan(args, state: TrainState, loader) -> None:
+    """Sets max_steps, num_train_epochs and the intervals of `state`, by the HF Trainer's arithmetic.
+
+    A resumed run may have another batch geometry: then the updates still to do are counted in the new one, from the
+    sample where the old one stopped.
+    """
+    if loader.num_samples is None:
+        state.max_steps, state.num_train_epochs = args.max_steps, sys.maxsize
+    else:
+        steps_per_epoch = windows(args, len(loader))
+        left = windows(args, loader.rounds(loader.num_samples - state.samples_seen)) if state.samples_seen else steps_per_epoch
+        position = (state.epochs_done + 1) * steps_per_epoch - left    # updates this geometry would have taken to get here
+        end = math.ceil(args.num_train_epochs * steps_per_epoch)
+        state.max_steps = args.max_steps if args.max_steps > 0 else state.global_step + max(0, end - position)
+        state.num_train_epochs = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else \
+            math.ceil((position + state.max_steps - state.global_step) / steps_per_epoch)
+    state.train_batch_size = args.per_device_train_batch_size
+    for name, value in (("logging_steps", args.logging_steps), ("save_steps", args.save_steps),
+                        ("eval_steps", args.logging_steps if args.eval_steps is None else args.eval_steps)):
+        setattr(state, name, math.ceil(value * state.max_steps) if value < 1 else int(value))
+
+
+def windows(args, micro_batches: int) -> int:
+    """Updates made of this many micro-batches: the last, incomplete window counts."""
+    return -(-micro_batches // args.gradient_accumulation_steps)
+
+
+def micro_batches_per_epoch(args, loader) -> int:
+    """Per rank; a stream counts as if it lasted for the whole run."""
+    return len(loader) if loader.num_samples is not None else args.max_steps * args.gradient_accumulation_steps
+
+
+@contextlib.contextmanager
+def catching_signals(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the run to stop; a second one stops the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield       # Python delivers signals to the main thread alone
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, frame):
+        run.callbacks.caught_signal = number
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+    for number in previous:
+        signal.signal(number, catch)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def stop_for_signal(run: Run, meter: Meter) -> None:
+    """Saves and leaves with exit code 128 + signal, telling how to go on. The end of the run is left to its next start."""
+    meter.save_once()
+    run.callbacks.fire("on_train_end", run)
+    number = run.callbacks.control.stop_signal
+    if run.world.is_main:
+        print(f"stopped by {signal.Signals(number).name} after update {run.state.global_step} of {run.state.max_steps}, saved in "
+              f"{run.args.output_dir}/checkpoint-{run.state.global_step}\n"
+              f"to go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
+    raise SystemExit(128 + number)

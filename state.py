@@ -1,0 +1,100 @@
+"""What a run is made of (`Run`), what it remembers over a restart (`TrainState`), and the one error for users' mistakes.
+
+No file below this one: loop, checkpoint, evalloop and callbacks all need these records, so they live here to keep the
+import graph free of cycles.
+"""
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Callable
+
+if TYPE_CHECKING:
+    import torch
+
+    from args import TrainArgs
+    from callbacks import Callbacks
+    from distributed import World
+    from precision import Precision
+
+Batch = dict[str, Any]      # tensors for the model, and the ints num_items and num_samples for the loop
+LossFn = Callable[["torch.nn.Module", Batch], "torch.Tensor"]   # (model, micro-batch) -> summed loss ()
+
+
+class UsageError(ValueError):
+    """A mistake of the user's, told in one message without a traceback.
+
+    exit_code: 2 wrong arguments or data, 3 no usable checkpoint, 5 output_dir cannot be written.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def runtime(default):
+    """A field that is worked out at each start and not saved."""
+    return field(default=default, metadata={"runtime": True})
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. Names are those of the HF Trainer's state, so its callbacks can read them.
+
+    `to_dict` is what a checkpoint stores.
+    """
+
+    global_step: int = 0            # updates attempted over the whole run
+    skipped_steps: int = 0          # of these, the ones not applied; the schedule reads global_step - skipped_steps
+    empty_steps: int = 0            # of the skipped ones, those whose window held no label item
+    nan_steps: int = 0              # updates whose loss was NaN or infinite
+    epochs_done: int = 0            # finished passes over the data
+    samples_seen: int = 0           # in this pass, over all ranks: a position that holds at any world or batch size
+    epoch: float = 0.0              # passes over the data, counted in micro-batches: what logs show
+    total_samples: int = 0          # over the whole run and all ranks
+    num_input_tokens_seen: int = 0  # elements of input_ids, over the whole run and all ranks
+    total_flos: float = 0.0         # 6 x tokens x parameters outside embeddings (Kaplan et al. 2020, section 2.1)
+    learning_rate: float = 0.0      # of the last update
+    grad_norm: float | None = None  # of the last update, before clipping
+    total_loss: float = 0.0         # sum of the losses of all updates, for train_loss
+    recent_losses: list[float] = field(default_factory=list)   # of each update since the last log
+    recent_nan_steps: int = 0       # nan_steps and empty_steps when the last row was logged
+    recent_empty_steps: int = 0
+    best_metric: float | None = None
+    log_bytes: int = 0              # length of metrics.jsonl, which is the history; resume truncates to it
+
+    max_steps: int = runtime(0)
+    num_train_epochs: int = runtime(0)
+    logging_steps: int = runtime(0)         # intervals in updates, ratios resolved
+    eval_steps: int = runtime(0)
+    save_steps: int = runtime(0)
+    train_batch_size: int = runtime(0)
+    is_local_process_zero: bool = runtime(True)
+    is_world_process_zero: bool = runtime(True)
+    log_path: str = runtime("")
+
+    def to_dict(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self) if "runtime" not in f.metadata}
+
+    @property
+    def log_history(self) -> list[dict]:
+        """Every row logged so far, read from metrics.jsonl."""
+        if not os.path.exists(self.log_path):
+            return []
+        with open(self.log_path) as file:
+            return [json.loads(line) for line in file]
+
+
+@dataclass
+class Run:
+    """Everything a training run works on. Functions that need one or two of these take those instead."""
+
+    args: TrainArgs
+    world: World
+    model: torch.nn.Module                   # as it trains: wrapped for the strategy
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]         # finished updates -> multiplier of the learning rate
+    precision: Precision
+    state: TrainState
+    callbacks: Callbacks

@@ -1,0 +1,96 @@
+"""Small models and data that the tests train."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+
+import numpy as np
+import torch
+
+from args import TrainArgs
+from collators import default_collator
+from distributed import open_world, set_seed, unwrap
+from loop import train
+from loss import compute_loss
+from model import GPT
+from train import assemble
+
+VOCAB, LENGTH = 17, 8
+
+
+def gpt(dropout: float = 0.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
+    set_seed(seed)
+    model = GPT(VOCAB, LENGTH, n_layer=2, n_head=2, n_embd=16, dropout=dropout)
+    for block in model.blocks:      # as if trained for a while: every parameter takes part
+        torch.nn.init.normal_(block.attn.out.weight, std=0.2)
+        torch.nn.init.normal_(block.down.weight, std=0.2)
+    return model.to(dtype)
+
+
+def sequences(n: int, seed: int = 0) -> list[dict]:
+    """n samples with unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for i in range(n):
+        ids = torch.randint(VOCAB, (LENGTH + 1,), generator=generator)
+        labels = ids[1:].clone()
+        labels[2 + (5 * i + seed) % (LENGTH - 1):] = -100
+        samples.append({"input_ids": ids[:-1], "labels": labels})
+    return samples
+
+
+class Numbers:
+    """Sample i is the number i; counts how often each was read."""
+
+    def __init__(self, n: int):
+        self.n, self.read = n, []
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return {"x": torch.tensor([float(i)])}
+
+
+def arguments(output_dir, **changes) -> TrainArgs:
+    values = dict(output_dir=str(output_dir), per_device_train_batch_size=2, per_device_eval_batch_size=2, learning_rate=1e-2,
+                  logging_steps=1, save_strategy="no", disable_tqdm=False)
+    return TrainArgs(**{**values, **changes})
+
+
+@contextlib.contextmanager
+def toy_run(args: TrainArgs, model=None, train_set=None, eval_set=None, collate=default_collator, callbacks=()):
+    """(run, train_loader, eval_loader) of a small run, silent, in the world of the environment."""
+    model = gpt() if model is None else model
+    train_set = sequences(8) if train_set is None else train_set
+    with open_world(args) as world:
+        assembled = assemble(args, world, model, train_set, eval_set, collate, callbacks)
+        assembled[0].callbacks.callbacks = list(callbacks)      # no bar
+        yield assembled
+
+
+def run_training(args: TrainArgs, loss_fn=compute_loss, **parts):
+    """Trains a small run to its end; returns it."""
+    with toy_run(args, **parts) as (run, train_loader, eval_loader):
+        train(run, train_loader, eval_loader, loss_fn)
+    return run
+
+
+def weights(run) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy().copy() for name, p in unwrap(run.model).named_parameters()}
+
+
+def flat(run) -> np.ndarray:
+    return np.concatenate([w.ravel() for w in weights(run).values()])
+
+
+def rows(output_dir) -> list[dict]:
+    with open(os.path.join(output_dir, "metrics.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def timeless(row: dict) -> dict:
+    """A row without what a clock measured."""
+    return {k: v for k, v in row.items() if not k.endswith(("runtime", "per_second"))}

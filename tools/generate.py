@@ -1,0 +1,47 @@
+"""Writes text with a saved model:   python -m tools.generate runs/default/checkpoint-800 --prompt 'def '"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import torch
+
+from args import TrainArgs
+from checkpoint import find_damage, load_model, read_json
+from model import build_model, generate
+from state import UsageError
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Prints and returns the prompt and its continuation; a zero byte, the end of a document, ends the text."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    parser.add_argument("--length", type=int, default=500, help="bytes to write [%(default)s]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest byte [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args(argv)
+    if flags.length < 1 or not 0 <= flags.temperature < float("inf"):
+        raise UsageError(f"--length {flags.length} must be at least 1, --temperature {flags.temperature} at least 0")
+    if (problem := find_damage(flags.checkpoint)) is not None:
+        raise UsageError(f"{flags.checkpoint}: {problem}; give the folder of a checkpoint, such as runs/default/checkpoint-800", 3)
+    known = TrainArgs().to_dict().keys()
+    model = build_model(TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known}))
+    load_model(model, flags.checkpoint)
+    prompt = torch.tensor([0, *os.fsencode(flags.prompt)])
+    if int(prompt.max()) >= model.vocab_size:
+        raise UsageError(f"--prompt has byte {int(prompt.max())}; the model knows 0..{model.vocab_size - 1}")
+    tokens = generate(model, prompt, flags.length, flags.temperature, flags.seed)[1:].tolist()
+    end = tokens.index(0) if 0 in tokens else len(tokens)
+    text = bytes(t for t in tokens[:end] if t < 256).decode(errors="replace")
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
