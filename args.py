@@ -223,7 +223,7 @@ def list_problems(args: TrainArgs) -> list[str]:
 
     for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
         value = getattr(args, name)
-        if value is not None and name != "warmup_steps":
+        if value is not None:
             need(value <= 1 or value == int(value), f"{name}={value} must be a whole number of updates, or a ratio below 1")
     need(args.max_steps != 0, "max_steps=0 trains nothing: give at least 1, or -1 to count by num_train_epochs")
     need(args.max_steps > 0 or args.num_train_epochs > 0,

@@ -104,7 +104,9 @@ class Callbacks:
         """Cuts metrics.jsonl to the length it had at the checkpoint: rows logged after it will be logged again."""
         if run.world.is_main:
             with open(run.state.log_path, "a") as file:
-                file.truncate(run.state.log_bytes)
+                if file.tell() < run.state.log_bytes:
+                    print(f"warning: {run.state.log_path} has lost rows logged before update {run.state.global_step}", file=sys.stderr)
+                file.truncate(min(run.state.log_bytes, file.tell()))
 
     def states(self) -> list[list]:
         """[class name, state] of each callback that has something to keep, for the checkpoint."""

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import sys
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,11 +183,10 @@ def find_checkpoint(args, world: World) -> str | None:
 def choose_checkpoint(wanted: str | None, output_dir: str) -> int:
     """The step to resume from in output_dir, or -1 for none of its own: a fresh start, or an explicit path."""
     steps = list_checkpoints(output_dir)
-    log = os.path.join(output_dir, "metrics.jsonl")
     if wanted is None or wanted.lower() == "false":
-        if steps or (os.path.exists(log) and os.path.getsize(log)):
-            raise UsageError(f"--output_dir {output_dir} already holds a run ({f'checkpoint-{steps[0]}' if steps else 'metrics.jsonl'}): "
-                             f"go on with it by --resume_from_checkpoint True, or start another one in a new --output_dir")
+        if found := holds_run(output_dir):
+            raise UsageError(f"--output_dir {output_dir} already holds a run ({found}): go on with it by "
+                             f"--resume_from_checkpoint True, or start another one in a new --output_dir")
         return -1
     if wanted.lower() in ("true", "auto"):
         for step in steps:
@@ -202,7 +201,19 @@ def choose_checkpoint(wanted: str | None, output_dir: str) -> int:
         return -1
     if (problem := find_damage(wanted)) is not None:
         raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
+    source = os.path.dirname(os.path.abspath(wanted))
+    if not os.path.samefile(source, output_dir) and holds_run(output_dir):
+        raise UsageError(f"--output_dir {output_dir} already holds another run than {wanted}: give a new --output_dir, "
+                         f"or {source} to go on there")
     return -1
+
+
+def holds_run(output_dir: str) -> str:
+    """A file or folder by which output_dir is known to hold a run, or ""."""
+    if steps := list_checkpoints(output_dir):
+        return f"checkpoint-{steps[0]}"
+    log = os.path.join(output_dir, "metrics.jsonl")
+    return "metrics.jsonl" if os.path.exists(log) and os.path.getsize(log) else ""
 
 
 def find_damage(path: str) -> str | None:
@@ -247,6 +258,7 @@ def load_checkpoint(run: Run, path: str) -> None:
     stored = read_json(path, "state.json")
     run.callbacks.load_states(stored["callbacks"])
     if run.world.is_main:
+        copy_history(os.path.dirname(os.path.abspath(path)), run)
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
         if stored["world_size"] != run.world.world_size:
             print(f"  ranks: {stored['world_size']} -> {run.world.world_size}; random numbers start anew from the seed")
@@ -259,6 +271,14 @@ def load_checkpoint(run: Run, path: str) -> None:
         set_rng_state(read_json(path, f"rng-{run.world.rank}.json"))
     else:
         set_seed(run.args.seed + run.world.rank + run.state.global_step)
+
+
+def copy_history(source: str, run: Run) -> None:
+    """Gives a run that continues another one's checkpoint in a new folder the rows up to it."""
+    log = os.path.join(source, "metrics.jsonl")
+    if os.path.exists(log) and not os.path.exists(run.state.log_path):
+        with open(log, "rb") as file, open(run.state.log_path, "wb") as copy:
+            copy.write(file.read(run.state.log_bytes))
 
 
 def load_model(model: nn.Module, path: str) -> None:

@@ -11,9 +11,10 @@ import hashlib
 import os
 import platform
 import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 from args import TrainArgs
 from collators import IGNORE
 from state import Batch, UsageError
-
 
 # ---------------------------------------------------------------------------------------------------- micro-batches
 
@@ -300,7 +300,7 @@ def read_rows(name: str, args: TrainArgs):
     """Rows of files, of a folder or of a named data set, through `datasets.load_dataset`."""
     files = find_files(name)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import datasets   # 0.6 s and 250 MB, so only where it is asked for
+    import datasets  # 0.6 s and 250 MB, so only where it is asked for
     kwargs: dict[str, Any] = {"split": "train", "streaming": args.streaming}
     if files is None:
         path = name

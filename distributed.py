@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -69,12 +70,23 @@ class World:
 
 
 kept_group: list = []   # the process group closed last; see open_world
+opened: Counter[str] = Counter()   # worlds opened by this process, by the address they met at
+
+
+def open_store(rank: int, world_size: int) -> dist.Store:
+    """Where ranks find each other. Each restart and each world of a process gets keys of its own: a store that outlives
+    a group would else hand out the addresses of dead peers."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0 and not torchrun_serves, multi_tenant=True)
+    opened[f"{host}:{port}"] += 1
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{opened[f'{host}:{port}']}", store)
 
 
 @contextlib.contextmanager
 def open_world(args) -> Iterator[World]:
     """The world that torchrun started, or one process; the process group is always destroyed at the end."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
     cuda = torch.cuda.is_available() and not args.use_cpu
     if cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
@@ -90,7 +102,7 @@ def open_world(args) -> Iterator[World]:
         yield world
         return
     # gloo carries the small host-side values, NCCL (where there are GPUs) the gradients
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=open_store(rank, world_size), rank=rank, world_size=world_size)
     try:
         yield world
     finally:
@@ -127,10 +139,12 @@ def set_rng_state(state: dict) -> None:
 
 def parallelize(model: nn.Module, world: World) -> nn.Module:
     """The model on this rank's device, wrapped so that backward averages its gradients over ranks."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError("the model has no trainable parameter: give one that has, or set requires_grad on those to train")
     model = model.to(world.device)
     if world.world_size == 1:
         return model
-    from torch.nn.parallel import DistributedDataParallel   # imports torch._dynamo: a second that one process need not pay
+    from torch.nn.parallel import DistributedDataParallel  # imports torch._dynamo: a second that one process need not pay
     return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
 
 

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from itertools import islice
-from typing import Iterator
 
 import torch
 from torch import Tensor

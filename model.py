@@ -5,8 +5,6 @@ and a squared-ReLU MLP (So et al. 2021, section 4.2). Shapes: B batch, T time, C
 """
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

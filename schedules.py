@@ -6,7 +6,7 @@ the HF Trainer. To add one, add a branch to `build_schedule`.
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 from args import TrainArgs
 

@@ -63,7 +63,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     progress = [ProgressCallback(args.disable_tqdm)] if world.is_main else [] # printing is rank 0's
     model = parallelize(model, world)                         # distributed.py <- your parallelism
-    optimizer = build_optimizer(unwrap(model), args)          # optim.py       <- your optimizer
+    optimizer = build_optimizer(unwrap(model), args)          # optim.py       <- your optimizer; after wrapping
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
     run = Run(args, world, model, optimizer, schedule, Precision(), state, Callbacks([*progress, *callbacks]))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks

@@ -6,7 +6,7 @@ import os
 import socket
 import traceback
 
-DEADLINE_S = float(os.environ.get("RANKS_DEADLINE_S", 180))   # only a hang takes this long
+DEADLINE_S = float(os.environ.get("RANKS_DEADLINE_S", "180"))   # only a hang takes this long
 
 
 class Ranks:
@@ -59,5 +59,5 @@ def serve(pipe) -> None:
         os.environ.update(env)
         try:
             pipe.send((True, function(*args)))
-        except BaseException:   # whatever it is, the test has to see it
+        except BaseException:   # noqa: BLE001  whatever it is, the test has to see it
             pipe.send((False, traceback.format_exc()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distributed import unwrap
-from loop import train, train_step
+from loop import train_step
 from loss import compute_loss
 from tests.toy import arguments, gpt, rows, run_training, sequences, toy_run, weights
 
@@ -14,8 +14,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 def one_update(output_dir, batch_size: int, accumulation: int, dtype: torch.dtype, lr: float = 0.1):
     """Loss, gradient norm and weights after one SGD update on the same 8 sequences."""
     args = arguments(output_dir, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-                     max_steps=1, optim="sgd", learning_rate=lr, max_grad_norm=0.0, lr_scheduler_type="constant",
-                     resume_from_checkpoint="auto")
+                     max_steps=1, optim="sgd", learning_rate=lr, max_grad_norm=0.0, lr_scheduler_type="constant")
     run = run_training(args, model=gpt(dtype=dtype))
     return weights(run), run.state.total_loss, run.state.grad_norm
 
@@ -72,63 +71,49 @@ def test_clipping_scales_the_gradient_to_the_norm_and_reports_the_norm_before(tm
     assert clipped["step"] == pytest.approx(1e-2 * 0.01, rel=1e-3)
 
 
-def no_labels(n: int):
+def no_labels(n: int) -> list[dict]:
     return [{**s, "labels": torch.full_like(s["labels"], -100)} for s in sequences(n)]
 
 
 def test_a_window_without_labels_does_not_step_and_is_counted(tmp_path):
     """Momentum and weight decay would move the weights if the optimizer were stepped with zero gradients."""
     args = arguments(tmp_path, max_steps=2, weight_decay=0.5)
-    with toy_run(args) as (run, loader, _):
-        window = list(loader.epoch())[:1]
-        empty = [{**mb, "labels": torch.full_like(mb["labels"], -100), "num_items": 0} for mb in window]
-        train_step(run, window, compute_loss)
+    with toy_run(args, train_set=sequences(2) + no_labels(2)) as (run, loader, _):
+        empty = loader.batch(torch.tensor([2, 3]), num_samples=2, position=2)
+        train_step(run, [loader.batch(torch.tensor([0, 1]), num_samples=2, position=0)], compute_loss)
         before, schedule_step = weights(run), run.state.global_step - run.state.skipped_steps
-        assert train_step(run, empty, compute_loss) is None
+        assert train_step(run, [empty], compute_loss) is None
         assert all((weights(run)[n] == w).all() for n, w in before.items())
         assert (run.state.global_step, run.state.skipped_steps, run.state.empty_steps) == (2, 1, 1)
         assert run.state.global_step - run.state.skipped_steps == schedule_step
 
 
-def test_empty_windows_are_in_the_log(tmp_path):
-    run_training(arguments(tmp_path, num_train_epochs=1), train_set=no_labels(2) + sequences(2), collate=None or in_order)
+def test_empty_windows_are_counted_in_the_log_and_have_no_loss(tmp_path):
+    run = run_training(arguments(tmp_path, num_train_epochs=1, per_device_train_batch_size=1), train_set=sequences(2) + no_labels(1))
     logged = [row for row in rows(tmp_path) if "loss" in row]
-    assert sorted(row.get("empty_steps", 0) for row in logged) in ([0, 1], [0, 0])
-    assert all(row["loss"] is None for row in logged if row.get("empty_steps"))
+    assert sorted(row.get("empty_steps", 0) for row in logged) == [0, 0, 1]
+    assert [row["loss"] is None for row in logged] == ["empty_steps" in row for row in logged]
+    assert run.state.total_loss == pytest.approx(sum(row["loss"] or 0 for row in logged))
+    assert rows(tmp_path)[-1]["train_loss"] == pytest.approx(run.state.total_loss / 2)
 
 
-def in_order(samples):
-    from collators import default_collator
-    return default_collator(samples)
-
-
-def ranks_with_3_and_9_labels(output_dir):
-    """P9: rank 0 has 3 label items, rank 1 has 9."""
+def update_on_3_and_5_labels(output_dir, batch_size: int):
     samples = sequences(2)
     for sample, items in zip(samples, (3, 5)):
         sample["labels"] = torch.where(torch.arange(8) < items, sample["labels"].clamp(min=1), -100)
-    args = arguments(output_dir, per_device_train_batch_size=1, optim="sgd", max_steps=1, lr_scheduler_type="constant",
-                     resume_from_checkpoint="auto")
+    args = arguments(output_dir, per_device_train_batch_size=batch_size, optim="sgd", max_steps=1, lr_scheduler_type="constant")
     return weights(run_training(args, model=gpt(dtype=torch.float64), train_set=samples))
 
 
-def test_unequal_label_counts_over_ranks_weigh_each_label_once(ranks, tmp_path):
-    one = one_process_on_both(tmp_path / "one")
-    for got in ranks.run(2, ranks_with_3_and_9_labels, tmp_path / "two"):
+def test_every_label_weighs_the_same_on_whatever_rank_it_is(ranks, tmp_path):
+    one = update_on_3_and_5_labels(tmp_path / "one", 2)
+    for got in ranks.run(2, update_on_3_and_5_labels, tmp_path / "two", 1):
         for name, value in one.items():
             np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-12)
 
 
-def one_process_on_both(output_dir):
-    samples = sequences(2)
-    for sample, items in zip(samples, (3, 5)):
-        sample["labels"] = torch.where(torch.arange(8) < items, sample["labels"].clamp(min=1), -100)
-    args = arguments(output_dir, per_device_train_batch_size=2, optim="sgd", max_steps=1, lr_scheduler_type="constant")
-    return weights(run_training(args, model=gpt(dtype=torch.float64), train_set=samples))
-
-
 def test_a_loss_of_ones_own_sums_over_its_items(tmp_path):
-    """semantics of a plain module: w * x with squared error, against the closed form."""
+    """A plain module, w * x with squared error, against the closed form; micro-batches of 4 and 2 make one update."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     samples = [{"x": torch.tensor([float(i)]), "y": torch.tensor([2.0 * i])} for i in range(6)]
@@ -137,8 +122,7 @@ def test_a_loss_of_ones_own_sums_over_its_items(tmp_path):
         return ((model(batch["x"]) - batch["y"]) ** 2).sum()
     args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, optim="sgd",
                      learning_rate=0.1, max_grad_norm=0.0, lr_scheduler_type="constant")
-    with toy_run(args, model=model, train_set=samples) as (run, loader, _):
-        train(run, loader, None, squared_error)
+    run = run_training(args, squared_error, model=model, train_set=samples)
     x2 = sum(i * i for i in range(6)) / 6
     assert run.state.total_loss == pytest.approx(4 * x2)
     assert unwrap(run.model).weight.item() == pytest.approx(0.1 * 2 * 2 * x2)

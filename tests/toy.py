@@ -55,8 +55,8 @@ class Numbers:
 
 
 def arguments(output_dir, **changes) -> TrainArgs:
-    values = dict(output_dir=str(output_dir), per_device_train_batch_size=2, per_device_eval_batch_size=2, learning_rate=1e-2,
-                  logging_steps=1, save_strategy="no", disable_tqdm=False)
+    values = {"output_dir": str(output_dir), "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
+              "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
     return TrainArgs(**{**values, **changes})
 
 

@@ -1,0 +1,132 @@
+"""Callbacks are called in the HF Trainer's order, and all ranks obey the same flags."""
+import torch
+
+from callbacks import AGREED_AFTER, Callback
+from loop import train
+from loss import compute_loss
+from tests.test_arithmetic import linear_loss
+from tests.toy import Numbers, arguments, flat, rows, run_training, sequences, toy_run
+
+EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
+class Recorder(Callback):
+    """Writes down every event with its update; runs `act` on one of them."""
+
+    def __init__(self, act=None):
+        self.events, self.act = [], act
+
+
+def record(event):
+    def method(self, args, state, control, **kwargs):
+        kind = next((k for k in ("train_loss", "eval_loss", "loss") if k in kwargs.get("logs", {})), "")
+        self.events.append(event.removeprefix("on_") + (f"({kind})" if kind else "") + f"@{state.global_step}")
+        if self.act is not None:
+            self.act(event, args, state, control)
+    return method
+
+
+for event in EVENTS:
+    setattr(Recorder, event, record(event))
+
+
+def events_of(tmp_path, act=None, n=10, **changes) -> list[str]:
+    recorder = Recorder(act)
+    model = torch.nn.Linear(1, 1, bias=False)
+    run_training(arguments(tmp_path, **{"num_train_epochs": 2, "gradient_accumulation_steps": 2, **changes}), linear_loss, model=model,
+                 train_set=Numbers(n), eval_set=Numbers(4), callbacks=[recorder])
+    return recorder.events
+
+
+def test_the_order_of_events_is_that_of_the_hf_trainer(tmp_path):
+    step = "step_begin@{0} substep_end@{0} pre_optimizer_step@{0} optimizer_step@{0} step_end@{1}"
+    tail = "step_begin@{0} pre_optimizer_step@{0} optimizer_step@{0} step_end@{1}"
+    watch = "log(loss)@{0} prediction_step@{0} prediction_step@{0} log(eval_loss)@{0} evaluate@{0} save@{0}"
+    expected = " ".join(["init_end@0 train_begin@0 epoch_begin@0", step.format(0, 1), step.format(1, 2), watch.format(2),
+                         tail.format(2, 3), "epoch_end@3 epoch_begin@3", step.format(3, 4), watch.format(4), step.format(4, 5),
+                         tail.format(5, 6), watch.format(6), "epoch_end@6 log(train_loss)@6 train_end@6"])
+    got = events_of(tmp_path, logging_steps=2, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    assert got == expected.split()
+
+
+def test_epoch_strategies_log_evaluate_and_save_after_epoch_end(tmp_path):
+    got = events_of(tmp_path, logging_strategy="epoch", eval_strategy="epoch", save_strategy="epoch", eval_on_start=True)
+    assert got[1:6] == ["train_begin@0", "prediction_step@0", "prediction_step@0", "log(eval_loss)@0", "evaluate@0"]
+    end = got.index("epoch_end@3")
+    assert got[end:end + 7] == ["epoch_end@3", "log(loss)@3", "prediction_step@3", "prediction_step@3", "log(eval_loss)@3",
+                                "evaluate@3", "save@3"]
+
+
+def test_the_last_update_is_evaluated_and_saved_even_off_the_beat(tmp_path):
+    got = events_of(tmp_path, logging_steps=4, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4)
+    assert [e for e in got if e.startswith(("log(loss", "evaluate", "save"))] == ["log(loss)@4", "evaluate@4", "save@4",
+                                                                                "evaluate@6", "save@6"]
+
+
+def test_evaluation_waits_for_eval_delay(tmp_path):
+    got = events_of(tmp_path, eval_strategy="steps", eval_steps=1, eval_delay=4)
+    assert [e for e in got if e.startswith("evaluate")] == ["evaluate@4", "evaluate@5", "evaluate@6"]
+
+
+def test_a_callback_may_ask_for_everything(tmp_path):
+    def act(event, args, state, control):
+        if event == "on_step_end" and state.global_step == 2:
+            control.should_log = control.should_evaluate = control.should_save = control.should_training_stop = True
+    got = events_of(tmp_path, act, logging_strategy="no", save_strategy="no")
+    after = got[got.index("step_end@2"):]
+    assert after == ["step_end@2", "log(loss)@2", "prediction_step@2", "prediction_step@2", "log(eval_loss)@2", "evaluate@2", "save@2",
+                     "epoch_end@2", "log(train_loss)@2", "train_end@2"]
+
+
+def test_an_epoch_stopped_by_a_callback_leaks_no_gradient_into_the_next(tmp_path):
+    def act(event, args, state, control):
+        if event == "on_substep_end" and state.global_step == 1:
+            control.should_epoch_stop = True
+    got = events_of(tmp_path, act, per_device_train_batch_size=1, max_grad_norm=0, n=6)
+    assert got.count("epoch_begin@2") == 1 and "step_end@5" in got and "step_end@6" not in got
+    assert [row["grad_norm"] for row in rows(tmp_path) if "loss" in row] == [1.0] * 5
+
+
+class StopOn(Callback):
+    """Asks to stop on one rank alone."""
+
+    def __init__(self, rank, event, step):
+        self.rank, self.step = rank, step
+        setattr(self, event, self.ask)
+
+    def ask(self, args, state, control, **kwargs):
+        import os
+        if int(os.environ["RANK"]) == self.rank and state.global_step == self.step:
+            control.should_training_stop = True
+
+
+def stopped_at(output_dir, rank, event) -> tuple[int, list]:
+    args = arguments(output_dir, max_steps=20, per_device_train_batch_size=1, eval_strategy="steps", eval_steps=1,
+                     resume_from_checkpoint="auto")
+    run = run_training(args, eval_set=sequences(3), callbacks=[StopOn(rank, event, 3)])
+    return run.state.global_step, flat(run).tolist()
+
+
+def test_a_stop_asked_on_one_rank_stops_all_ranks_after_the_same_update(ranks, tmp_path):
+    for rank, event in ((0, "on_step_end"), (1, "on_substep_end"), (1, "on_evaluate"), (0, "on_log")):
+        (step, first), (other, second) = ranks.run(2, stopped_at, tmp_path / f"{rank}{event}", rank, event)
+        assert step == other == (4 if event == "on_substep_end" else 3) or event == "on_substep_end" and step == other == 20
+        assert first == second
+
+
+def test_flags_are_agreed_after_every_event_they_are_read_after():
+    assert {"on_step_end", "on_epoch_end", "on_log", "on_evaluate", "on_save"} <= set(AGREED_AFTER)
+
+
+def test_callbacks_get_the_model_the_optimizer_and_the_loaders(tmp_path):
+    seen = {}
+
+    class Look(Callback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.update(kwargs, args=args, history=state.log_history)
+    args = arguments(tmp_path, max_steps=2)
+    with toy_run(args, eval_set=sequences(2), callbacks=[Look()]) as (run, loader, eval_loader):
+        train(run, loader, eval_loader, compute_loss)
+    assert seen["model"] is run.model and seen["optimizer"] is run.optimizer and seen["args"] is args
+    assert seen["train_dataloader"] is loader and seen["eval_dataloader"] is eval_loader
+    assert seen["history"] == rows(tmp_path)[:1]

@@ -1,0 +1,121 @@
+"""train.py and its tools as a user runs them: exit codes, one message and no traceback, real torchrun."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import build_data
+from tests.toy import rows
+from train import main
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "16", "--max_steps", "4", "--logging_steps", "2",
+        "--sample_length", "20"]
+
+
+def run_python(*command, **env):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env={**os.environ, **env})
+
+
+def test_a_run_says_what_it_does_and_ends_with_a_sample_and_where_everything_is(tmp_path, capsys):
+    run = main([*TINY, "--output_dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    for said in ("standard library", "sha256", "samples: ", "updates: 4", "micro-batch 8 x accumulation 1 x ranks 1", "trainable parameters",
+                 "step 4/4", "a sample of 20 bytes", f"saved in {tmp_path}: metrics.jsonl, checkpoint-4", "tools.generate"):
+        assert said in out, said
+    parameters = sum(p.numel() for p in run.model.parameters())
+    assert f"{parameters:,} trainable parameters" in out
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
+
+
+def test_run_twice_it_says_that_it_is_finished_and_how_to_start_another(tmp_path, capsys):
+    command = [*TINY, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto"]
+    main(command)
+    capsys.readouterr()
+    main(command)
+    out = capsys.readouterr().out
+    assert "is finished: 4 of 4 updates" in out and "give a new --output_dir" in out
+    assert len(rows(tmp_path)) == 3
+
+
+def test_the_loss_of_the_default_model_falls_on_real_text(tmp_path):
+    main(["--output_dir", str(tmp_path), "--n_layer", "2", "--n_embd", "32", "--max_steps", "60", "--learning_rate", "1e-2", "--logging_steps", "10",
+          "--block_size", "32", "--sample_length", "0"])
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert losses[0] > 3.3 and losses[-1] < 2.9      # 3.23 nats: the entropy of single bytes
+
+
+def test_torchrun_trains_on_two_real_ranks_and_gets_what_one_gets(tmp_path):
+    settings = [*TINY, "--sample_length", "0", "--learning_rate", "1e-3"]
+    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *settings, "--output_dir", tmp_path / "two",
+                      "--per_device_train_batch_size", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("micro-batch 4 x accumulation 1 x ranks 2") == 1      # rank 0 alone prints
+    main([*settings, "--output_dir", str(tmp_path / "one")])
+    two, one = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("two", "one"))
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize("flags, code, said", [
+    (["--learning_rat", "1"], 2, "did you mean --learning_rate?"),
+    (["--max_steps", "x"], 2, "expected a whole number"),
+    (["--per_device_train_batch_size", "0"], 2, "per_device_train_batch_size=0"),
+    (["--dataset", "missing.txt"], 2, "no such file: missing.txt"),
+    (["--dataset", "requirements.txt", "--block_size", "100000"], 2, "not one block"),
+    (["--resume_from_checkpoint", "True"], 3, "no checkpoint in"),
+    (["--resume_from_checkpoint", "nowhere/checkpoint-1"], 3, "no such folder"),
+])
+def test_a_users_mistake_is_one_message_and_an_exit_code(tmp_path, flags, code, said):
+    done = run_python("train.py", "--output_dir", tmp_path / "run", *flags)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_an_output_dir_that_cannot_be_written_is_exit_code_5_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_python("train.py", *TINY, "--output_dir", tmp_path / "file" / "run")
+    assert done.returncode == 5 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert "step" not in done.stdout
+
+
+def test_a_mistake_ends_all_ranks_with_one_message_each(tmp_path):
+    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *TINY, "--output_dir", tmp_path,
+                      "--resume_from_checkpoint", "True")
+    assert done.returncode == 1 and "no checkpoint in" in done.stderr
+    assert f'File "{ROOT}' not in done.stderr       # torchrun shows a traceback, of its own
+
+
+def test_generate_writes_with_a_saved_model(tmp_path, capsys):
+    main([*TINY, "--output_dir", str(tmp_path), "--sample_length", "0"])
+    from tools.generate import main as generate
+    capsys.readouterr()
+    text = generate([str(tmp_path / "checkpoint-4"), "--prompt", "def f", "--length", "30"])
+    assert text.startswith("def f") and capsys.readouterr().out == text + "\n"
+    assert text == generate([str(tmp_path / "checkpoint-4"), "--prompt", "def f", "--length", "30"])
+    assert text != generate([str(tmp_path / "checkpoint-4"), "--prompt", "def f", "--length", "30", "--seed", "1"])
+    done = run_python("-m", "tools.generate", tmp_path / "checkpoint-5")
+    assert done.returncode == 3 and "no such folder" in done.stderr
+
+
+def test_a_users_own_text_is_trained_on_and_streamed(tmp_path, monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = f"{ROOT}/*.py"
+    main([*TINY, "--output_dir", str(tmp_path / "whole"), "--dataset", files, "--eval_strategy", "steps", "--eval_steps", "2"])
+    main([*TINY, "--output_dir", str(tmp_path / "lazy"), "--dataset", files, "--streaming", "--eval_dataset", str(ROOT / "loop.py"),
+          "--eval_strategy", "steps"])
+    assert sum("eval_loss" in row for row in rows(tmp_path / "whole")) == 2
+    assert all(row["epoch"] == row["step"] / 4 for row in rows(tmp_path / "lazy"))
+
+
+def test_held_out_data_that_does_not_exist_is_an_error_only_where_it_is_needed(tmp_path):
+    from args import TrainArgs
+    (tmp_path / "one.txt").write_text("x" * 20)
+    import datasets
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    assert build_data(TrainArgs(dataset=str(tmp_path / "one.txt"), block_size=16)).eval is None
+    with pytest.raises(ValueError, match="--eval_dataset"):
+        build_data(TrainArgs(dataset=str(tmp_path / "one.txt"), block_size=16, eval_strategy="steps"))

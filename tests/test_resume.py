@@ -1,0 +1,308 @@
+"""A run that is cut and resumed ends with the bits of a run that was not."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from callbacks import Callback
+from checkpoint import list_checkpoints
+from distributed import rng_state
+from loop import train
+from loss import compute_loss
+from state import UsageError
+from tests.toy import Numbers, arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run, weights
+
+ROOT = Path(__file__).parent.parent
+# 11 samples in windows of 2 x 2 on one process: 3 updates per epoch, the last one short; dropout on
+SETTINGS = {"num_train_epochs": 3, "gradient_accumulation_steps": 2, "warmup_steps": 3, "weight_decay": 0.1, "logging_steps": 2,
+            "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+def finish(output_dir, resume=None, **changes):
+    """Trains to the end; everything that has to be equal, in plain values."""
+    args = arguments(output_dir, **{**SETTINGS, "resume_from_checkpoint": resume, **changes})
+    run = run_training(args, model=gpt(dropout=0.2), train_set=sequences(11), eval_set=sequences(3, seed=1))
+    moments = [state[key].tolist() for state in run.optimizer.state.values() for key in sorted(state)]
+    return {"weights": flat(run).tobytes(), "moments": moments, "rng": rng_state(), "state": run.state.to_dict() | {"log_bytes": 0},
+            "rows": [timeless(row) for row in rows(output_dir)] if run.world.is_main else None}
+
+
+def cut(whole, output_dir, step) -> None:
+    """The folder as a kill after update `step` would have left it, with a torn row that a resume must not keep."""
+    shutil.copytree(whole, output_dir)
+    for later in list_checkpoints(output_dir):
+        if later > step:
+            shutil.rmtree(Path(output_dir) / f"checkpoint-{later}")
+
+
+def test_resuming_after_any_update_is_bit_identical(tmp_path):
+    whole = finish(tmp_path / "whole")
+    assert len(list_checkpoints(tmp_path / "whole")) == 9
+    for step in range(1, 9):
+        cut(tmp_path / "whole", tmp_path / f"{step}", step)
+        assert finish(tmp_path / f"{step}", "True") == whole, f"cut after update {step}"
+
+
+@pytest.mark.parametrize("strategy", [{"logging_strategy": "epoch", "eval_strategy": "epoch"}, {"save_strategy": "epoch"}])
+def test_rows_of_an_epochs_end_are_neither_lost_nor_repeated(tmp_path, strategy):
+    whole = finish(tmp_path / "whole", **strategy)
+    for step in list_checkpoints(tmp_path / "whole")[1:]:
+        cut(tmp_path / "whole", tmp_path / f"{step}", step)
+        assert finish(tmp_path / f"{step}", "auto", **strategy) == whole, f"cut after update {step}"
+
+
+def test_resuming_on_two_ranks_is_bit_identical(ranks, tmp_path):
+    whole = ranks.run(2, finish, tmp_path / "whole")
+    assert whole[0]["weights"] == whole[1]["weights"] and whole[0]["rng"] != whole[1]["rng"]
+    for step in (1, 3, 4):
+        cut(tmp_path / "whole", tmp_path / f"{step}", step)
+        assert ranks.run(2, finish, tmp_path / f"{step}", "True") == whole, f"cut after update {step}"
+
+
+def sample_ids(output_dir, resume=None, stop_at=None, **changes) -> tuple[int, list[int], int]:
+    """(max_steps, sample numbers in order over this process's rank, updates done)."""
+    seen = []
+
+    def loss(model, batch):
+        seen.extend(batch["x"].flatten().int().tolist())
+        return model(batch["x"]).sum() * 0.0
+
+    class Stop(Callback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == stop_at
+            control.should_save |= state.global_step == stop_at
+    args = arguments(output_dir, num_train_epochs=3, resume_from_checkpoint=resume, **changes)
+    run = run_training(args, loss, model=torch.nn.Linear(1, 1, bias=False), train_set=Numbers(10), callbacks=[Stop()])
+    return run.state.max_steps, seen, run.state.global_step
+
+
+def test_another_batch_size_or_accumulation_goes_on_with_the_next_sample(tmp_path):
+    _, whole, _ = sample_ids(tmp_path / "whole")
+    assert len(whole) == 30
+    for name, changes, steps in (("batch", {"per_device_train_batch_size": 5}, 7 + 2 + 2), ("same", {}, 15),
+                                 ("window", {"gradient_accumulation_steps": 2}, 7 + 2 + 3)):
+        _, before, _ = sample_ids(tmp_path / name, stop_at=7)
+        max_steps, after, done = sample_ids(tmp_path / name, "True", **changes)
+        assert before + after == whole, name
+        assert max_steps == done == steps, name
+
+
+def test_another_world_size_goes_on_with_the_next_sample(ranks, tmp_path):
+    _, whole, _ = sample_ids(tmp_path / "whole")
+    _, before, _ = sample_ids(tmp_path / "run", stop_at=7)
+    (max_steps, first, done), (_, second, _) = ranks.run(2, sample_ids, tmp_path / "run", "True")
+    assert max_steps == done == 7 + 2 + 3
+    # the ranks take turns of 2 samples; the 6 left of the second pass are 3 turns, so rank 1's next is filler, its 6th sample
+    turns = [first[0:2], second[0:2], first[2:4], first[4:6], second[3:5], first[6:8], second[5:7], first[8:10]]
+    assert before + [i for turn in turns for i in turn] == whole
+    assert second[2] in whole[14:20] and second[7] in whole[20:]
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(tmp_path):
+    finish(tmp_path / "run", max_steps=5)
+    longer = finish(tmp_path / "run", "True", max_steps=7)
+    assert longer["state"]["global_step"] == 7
+    assert [row["step"] for row in rows(tmp_path / "run") if "train_loss" in row] == [7]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    whole = finish(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = finish(tmp_path, "True")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert again["weights"] == whole["weights"] and again["rows"] == whole["rows"]
+
+
+def test_a_run_killed_before_its_last_row_gets_it(tmp_path):
+    whole = finish(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert finish(tmp_path, "True")["rows"] == whole["rows"]
+
+
+def test_an_output_dir_with_a_run_is_refused_without_a_resume_flag(tmp_path):
+    finish(tmp_path)
+    with pytest.raises(UsageError, match="(?s)already holds a run.*--resume_from_checkpoint True.*new --output_dir") as error:
+        finish(tmp_path)
+    assert error.value.exit_code == 2
+
+
+def test_true_needs_a_checkpoint_auto_does_not(tmp_path):
+    with pytest.raises(UsageError, match="no checkpoint") as error:
+        finish(tmp_path / "none", "True")
+    assert error.value.exit_code == 3
+    assert finish(tmp_path / "none", "auto")["state"]["global_step"] == 9
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped", "extra", "manifest"])
+def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(tmp_path, damage, capsys):
+    whole = finish(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint-9"
+    weights_file = newest / "model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    if damage == "missing":
+        weights_file.unlink()
+    elif damage == "short":
+        weights_file.write_bytes(data[:-1])
+    elif damage == "flipped":
+        data[-5] ^= 1
+        weights_file.write_bytes(data)
+    elif damage == "extra":
+        (newest / "more.txt").write_text("x")
+    else:
+        (newest / "manifest.json").write_text("{")
+    with pytest.raises(UsageError) as error:
+        finish(tmp_path / "other", str(newest))
+    assert error.value.exit_code == 3
+    assert finish(tmp_path / "run", "auto") == whole
+    assert f"{newest} is skipped" in capsys.readouterr().err
+
+
+def test_only_damaged_checkpoints_are_an_error_and_never_a_new_start(tmp_path):
+    finish(tmp_path, max_steps=1)
+    (tmp_path / "checkpoint-1" / "state.json").unlink()
+    with pytest.raises(UsageError) as error:
+        finish(tmp_path, "auto")
+    assert error.value.exit_code == 3
+
+
+def test_the_explicit_path_of_another_run_is_continued_in_a_new_folder(tmp_path):
+    whole = finish(tmp_path / "whole")
+    other = finish(tmp_path / "other", str(tmp_path / "whole" / "checkpoint-4"))
+    assert other["weights"] == whole["weights"]
+    assert other["rows"] == whole["rows"]
+    with pytest.raises(UsageError, match="already holds another run"):
+        finish(tmp_path / "other", str(tmp_path / "whole" / "checkpoint-4"))
+
+
+def test_another_model_is_refused_with_its_differences(tmp_path):
+    finish(tmp_path, max_steps=1)
+    args = arguments(tmp_path, **{**SETTINGS, "resume_from_checkpoint": "True"})
+    with pytest.raises(UsageError, match=r"bias: missing in the file, \(2,\) in the model") as error, toy_run(args, model=torch.nn.Linear(2, 2), eval_set=sequences(2)):
+        pass
+    assert error.value.exit_code == 3
+
+
+def test_tied_weights_are_saved_once_and_still_tied_after_resume(tmp_path):
+    def tied():
+        model = gpt()
+        model.head.weight = model.embed.weight
+        return model
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = run_training(arguments(tmp_path / "whole", **settings), model=tied())
+    cut(tmp_path / "whole", tmp_path / "part", 1)
+    run = run_training(arguments(tmp_path / "part", resume_from_checkpoint="True", **settings), model=tied())
+    assert run.model.head.weight is run.model.embed.weight
+    assert (flat(run) == flat(whole)).all()
+
+
+def test_rotation_keeps_the_newest_checkpoints(tmp_path):
+    finish(tmp_path, save_total_limit=2)
+    assert list_checkpoints(tmp_path) == [9, 8]
+    assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_save_strategy_no_saves_nothing_and_the_last_update_is_saved_otherwise(tmp_path):
+    finish(tmp_path / "no", save_strategy="no")
+    assert list_checkpoints(tmp_path / "no") == []
+    finish(tmp_path / "steps", save_steps=4)
+    assert list_checkpoints(tmp_path / "steps") == [9, 8, 4]
+    finish(tmp_path / "epoch", save_strategy="epoch", max_steps=5)
+    assert list_checkpoints(tmp_path / "epoch") == [5, 3]
+
+
+class SendSignal(Callback):
+    def __init__(self, step, number=signal.SIGINT):
+        self.step, self.number = step, number
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+            os.kill(os.getpid(), self.number)
+
+
+def interrupted(output_dir, step) -> int:
+    args = arguments(output_dir, **SETTINGS, resume_from_checkpoint=None)
+    with toy_run(args, model=gpt(dropout=0.2), train_set=sequences(11), eval_set=sequences(3, seed=1),
+                 callbacks=[SendSignal(step)]) as (run, loader, eval_loader):
+        try:
+            train(run, loader, eval_loader, compute_loss)
+        except SystemExit as stop:
+            assert run.state.global_step == step + 1
+            return stop.code
+    return 0
+
+
+def test_ctrl_c_finishes_the_update_saves_and_resumes_exactly(tmp_path, capsys):
+    whole = finish(tmp_path / "whole", save_strategy="no")
+    for step in (0, 4):
+        part = tmp_path / f"{step}"
+        assert interrupted(part, step) == 130
+        assert "--resume_from_checkpoint True" in capsys.readouterr().err
+        assert finish(part, "True", save_strategy="no")["rows"] == whole["rows"]
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(ranks, tmp_path):
+    assert ranks.run(2, interrupted, tmp_path / "part", 2) == [130, 130]
+    whole = ranks.run(2, finish, tmp_path / "whole")
+    assert ranks.run(2, finish, tmp_path / "part", "True") == whole
+
+
+def test_no_file_of_a_checkpoint_needs_unpickling(tmp_path):
+    finish(tmp_path, max_steps=1)
+    names = sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir())
+    assert names == ["args.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "rng-0.json", "state.json"]
+    assert json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())["state"]["global_step"] == 1
+
+
+class Patience(Callback):
+    """A callback with a counter of its own, kept as the HF Trainer's are."""
+
+    def __init__(self):
+        self.counter = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counter += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"counter": self.counter}}
+
+
+def test_callbacks_remember_over_a_resume(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    run_training(arguments(tmp_path / "whole", **settings), callbacks=[Patience()])
+    cut(tmp_path / "whole", tmp_path / "part", 2)
+    again = Patience()
+    run_training(arguments(tmp_path / "part", resume_from_checkpoint="True", **settings), callbacks=[again])
+    assert again.counter == 4
+
+
+def test_weights_load_with_safetensors_alone(tmp_path):
+    from safetensors.numpy import load_file
+    args = arguments(tmp_path, max_steps=1, save_strategy="steps")
+    run = run_training(args)
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert saved.keys() == weights(run).keys()
+    assert all(np.array_equal(saved[name], value) for name, value in weights(run).items())
+
+
+def test_a_killed_process_leaves_a_run_that_resumes_exactly(tmp_path):
+    """Through the command line and SIGKILL, in the middle of training."""
+    command = [sys.executable, str(ROOT / "train.py"), "--n_layer", "1", "--n_embd", "16", "--block_size", "16", "--max_steps", "60",
+               "--logging_steps", "5", "--save_steps", "5", "--sample_length", "0", "--dropout", "0.1"]
+    subprocess.run([*command, "--output_dir", tmp_path / "whole"], check=True, capture_output=True)
+    part = subprocess.Popen([*command, "--output_dir", tmp_path / "part"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list_checkpoints(tmp_path / "part") and part.poll() is None:
+        pass
+    part.kill()
+    part.wait()
+    subprocess.run([*command, "--output_dir", tmp_path / "part", "--resume_from_checkpoint", "auto"], check=True, capture_output=True)
+    for name in ("model.safetensors", "optimizer.safetensors", "rng-0.json"):
+        assert (tmp_path / "part/checkpoint-60" / name).read_bytes() == (tmp_path / "whole/checkpoint-60" / name).read_bytes()
+    assert [timeless(row) for row in rows(tmp_path / "part")] == [timeless(row) for row in rows(tmp_path / "whole")]
