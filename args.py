@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import os
 import sys
@@ -62,14 +63,35 @@ class TrainArgs:
 
     # -- the update
     learning_rate: float = arg(5e-5, "peak learning rate", 0, 1e6)
-    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd"] = arg("adamw_torch_fused", "optimizer")
+    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "lion", "muon"] = arg("adamw_torch_fused", "optimizer")
+    optim_args: str | None = arg(None, "the optimizer's own settings, as momentum=0.9,nesterov=True")
     weight_decay: float = arg(0.0, "decoupled weight decay of matrices; biases and norms have none", 0, 1e6)
     adam_beta1: float = arg(0.9, "decay of AdamW's first moment", 0, 0.999999999)
     adam_beta2: float = arg(0.999, "decay of AdamW's second moment", 0, 0.999999999)
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon", 0, 1e6)
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this global norm (0: measured only)", 0, 1e12)
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = arg("linear", "shape of the learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+                               "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+                               "warmup_stable_decay"] = arg("linear", "shape of the learning rate")
+    lr_scheduler_kwargs: dict | None = arg(None, "the schedule's own settings as JSON, as {\"num_cycles\": 2}")   # noqa: RUF009
     warmup_steps: float = arg(0, "updates of linear warm-up; below 1: the ratio of all updates", 0, 10**12)
+    label_smoothing_factor: float = arg(0.0, "weight of a uniform target in the loss", 0, 0.999)
+    neftune_noise_alpha: float | None = arg(None, "noise on the embeddings while training, NEFTune's alpha", 0, 1e6)
+    ema_decay: float | None = arg(None, "evaluate and save an average of the weights with this decay too", 0, 0.9999999)
+    on_nonfinite: Literal["stop", "skip"] = arg("stop", "what to do about an update with a NaN or infinite loss or gradient;"
+                                                " it is never applied")
+    max_nonfinite: int = arg(10, "with --on_nonfinite skip: stop after this many in a row", 1, 10**9)
+
+    # -- precision, memory and speed
+    fp16: bool = arg(False, "compute in float16 with a scaled loss")
+    bf16: bool = arg(False, "compute in bfloat16")
+    tf32: bool | None = arg(None, "multiply float32 matrices in TF32 on NVIDIA GPUs (default: torch's setting)")
+    fp16_full_eval: bool = arg(False, "cast the weights to float16 for evaluation outside training")
+    bf16_full_eval: bool = arg(False, "cast the weights to bfloat16 for evaluation outside training")
+    activation_checkpointing: bool = arg(False, "keep only each block's input and compute it again in backward")
+    torch_compile: bool = arg(False, "compile the model")
+    torch_compile_backend: str | None = arg(None, "backend of torch.compile (default: inductor)")
+    torch_compile_mode: str | None = arg(None, "mode of torch.compile, as max-autotune")
 
     # -- log, evaluate, save
     logging_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to log")
@@ -108,7 +130,7 @@ REMOVED = {   # flags people may bring along from the HF Trainer, and what to us
     "ray_scope": "it has no successor", "fp16_opt_level": "it has no successor", "half_precision_backend": "PyTorch's own is used",
     "fp16_backend": "PyTorch's own is used", "adafactor": "use --optim", "group_by_length": "it has no successor yet",
     "accelerator_config": "batch sizes are per rank; see data.py", "parallelism_config": "parallelism is in distributed.py",
-    "do_train": "train.py always trains", "gradient_checkpointing": "it has no successor yet", "epochs": "use --num_train_epochs",
+    "do_train": "train.py always trains", "gradient_checkpointing": "use --activation_checkpointing", "epochs": "use --num_train_epochs",
     "batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate", "train_batch_size": "use --per_device_train_batch_size",
     "eval_batch_size": "use --per_device_eval_batch_size", "resume": "use --resume_from_checkpoint", "data": "use --dataset",
 }
@@ -166,7 +188,7 @@ def literal_choices(hint) -> tuple[str, ...]:
 
 def type_name(hint) -> str:
     options = [t for t in typing.get_args(hint) or (hint,) if t is not type(None)]
-    return {int: "INT", float: "NUMBER", bool: "True|False", str: "TEXT"}[options[0]]
+    return {int: "INT", float: "NUMBER", bool: "True|False", str: "TEXT", dict: "JSON"}[options[0]]
 
 
 def convert(text: str, hint):
@@ -186,6 +208,14 @@ def convert(text: str, hint):
         return None
     if kind == "TEXT":
         return text
+    if kind == "JSON":
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected a JSON object in quotes, as '{{\"num_cycles\": 2}}' ({error})") from None
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object, as '{\"num_cycles\": 2}'")
+        return value
     try:
         return int(text) if kind == "INT" else float(text)
     except ValueError:
@@ -241,5 +271,11 @@ def list_problems(args: TrainArgs) -> list[str]:
     need(args.eval_dataset is None or args.dataset is not None, "--eval_dataset needs --dataset: the default data brings its own")
     need(args.output_dir.strip() != "", "output_dir is empty: name a folder")
     need(args.text_column.strip() != "", "text_column is empty: name a column")
+    need(not (args.fp16 and args.bf16), "--fp16 and --bf16 exclude each other: use one")
+    need(not (args.fp16_full_eval and args.bf16_full_eval), "--fp16_full_eval and --bf16_full_eval exclude each other: use one")
+    need(args.lr_scheduler_type != "reduce_lr_on_plateau" or args.eval_strategy != "no",
+         "--lr_scheduler_type reduce_lr_on_plateau needs evaluations to look at: give --eval_strategy steps or epoch")
+    need(args.torch_compile or not (args.torch_compile_backend or args.torch_compile_mode),
+         "--torch_compile_backend and --torch_compile_mode need --torch_compile")
     args.output_dir = os.path.expanduser(args.output_dir)
     return problems

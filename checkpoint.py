@@ -2,8 +2,9 @@
 
     model.safetensors      weights under the bare model's names; a tied weight once
     optimizer.safetensors  optimizer state, "parameter name.state name"
+    ema.safetensors        averaged weights, with --ema_decay
     rng-R.json             random number generators of rank R: python, numpy, torch, cuda
-    state.json             TrainState, callbacks, and the world size that wrote it
+    state.json             TrainState, callbacks, loss scale, the state of a plateau schedule, and the world size that wrote it
     args.json              the run's arguments
     manifest.json          written last: size and SHA-256 of every other file
 
@@ -26,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distributed import World, rng_state, set_rng_state, set_seed, unwrap
+from optim import EMA
+from schedules import Plateau
 from state import Run, TrainState, UsageError
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -50,8 +53,11 @@ def save_checkpoint(run: Run) -> str:
         if world.is_main:
             write_tensors(tmp, "model.safetensors", model_tensors(unwrap(run.model)))
             write_tensors(tmp, "optimizer.safetensors", optimizer_tensors(unwrap(run.model), run.optimizer))
+            if run.ema is not None:
+                write_tensors(tmp, "ema.safetensors", {name: t.cpu().contiguous() for name, t in run.ema.averages.items()})
             write_json(tmp, "args.json", run.args.to_dict())
-            write_json(tmp, "state.json", {"state": run.state.to_dict(), "callbacks": run.callbacks.states(),
+            write_json(tmp, "state.json", {"state": run.state.to_dict(), "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
+                                           "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {},
                                            "world_size": world.world_size, "torch": torch.__version__})
     with saving(world, tmp):
         if world.is_main:
@@ -257,6 +263,11 @@ def load_checkpoint(run: Run, path: str) -> None:
     load_optimizer(unwrap(run.model), run.optimizer, path)
     stored = read_json(path, "state.json")
     run.callbacks.load_states(stored["callbacks"])
+    run.precision.load_state_dict(stored["scaler"])
+    if isinstance(run.schedule, Plateau):
+        run.schedule.load_state_dict(stored["schedule"])
+    if run.ema is not None:
+        load_averages(run.ema, path)
     if run.world.is_main:
         copy_history(os.path.dirname(os.path.abspath(path)), run)
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
@@ -287,6 +298,14 @@ def load_model(model: nn.Module, path: str) -> None:
     check_tensors(path, "model.safetensors", {k: v.shape for k, v in model_tensors(model).items()},
                   {k: v.shape for k, v in tensors.items()})
     model.load_state_dict(tensors, strict=False)   # tied names are not in the file; all others were just checked
+
+
+def load_averages(ema: EMA, path: str) -> None:
+    """Averages of the checkpoint; one saved without them starts the average at its weights."""
+    stored = "ema.safetensors" if os.path.exists(os.path.join(path, "ema.safetensors")) else "model.safetensors"
+    tensors = load_file(os.path.join(path, stored))
+    for name, average in ema.averages.items():
+        average.copy_(tensors[name])
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> None:

@@ -47,6 +47,13 @@ class World:
         dist.all_reduce(tensor, op)
         return tensor.tolist()
 
+    def add(self, tensor: Tensor) -> Tensor:
+        """A device tensor summed over ranks; the host does not wait for an accelerator."""
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Equally shaped tensors (...) of all ranks as one CPU tensor (world_size, ...), the same bits on every rank."""
         tensor = tensor.detach().cpu().contiguous()

@@ -23,14 +23,23 @@ def model_outputs(model: nn.Module, batch: Batch) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(run: Run) -> Iterator[nn.Module]:
-    """The bare model in eval mode without gradients; its mode and all random generators are put back afterwards."""
-    model, rng = unwrap(run.model), rng_state()
+    """The bare model in eval mode without gradients, with averaged weights if there are (--ema_decay); its mode, its weights
+    and all random generators are put back afterwards."""
+    model, optimizer, rng = unwrap(run.model), run.optimizer, rng_state()
     was_training = model.training
     model.eval()
+    if hasattr(optimizer, "eval"):      # schedule-free optimizers evaluate other weights than they train
+        optimizer.eval()
+    if run.ema is not None:
+        run.ema.swap()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), run.precision.evaluation_weights(model, run.state.in_training):
             yield model
     finally:
+        if run.ema is not None:
+            run.ema.swap()
+        if hasattr(optimizer, "train"):
+            optimizer.train()
         model.train(was_training)
         set_rng_state(rng)
 

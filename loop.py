@@ -9,50 +9,68 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from checkpoint import save_checkpoint
+from checkpoint import list_checkpoints, save_checkpoint
 from distributed import clip_grads, set_grad_sync
 from evalloop import evaluate, to_device
 from optim import set_lr
-from state import Batch, LossFn, Run, TrainState
+from schedules import Plateau
+from state import Batch, LossFn, Run, TrainState, UsageError
 
 
-def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> tuple[Tensor, Tensor] | None:
+class Update(NamedTuple):
+    """What one update left on the device: nothing here has been waited for."""
+
+    loss: Tensor         # () mean over the label items of the window and all ranks
+    share: Tensor        # () this rank's part of it
+    grad_norm: Tensor    # () before clipping
+    finite: Tensor       # () bool: neither loss nor gradient is NaN or infinite
+
+
+def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     """One optimizer update from one window of micro-batches.
 
     `loss_fn` returns a SUM over label items. Dividing by their count over the window and all ranks makes 1x8, 2x4 and 8x1
-    the same update wherever the padding falls (tests/test_update.py).
+    the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied.
 
-    Returns this rank's share of the mean loss () and the gradient norm before clipping (), both on the device; None if
-    no rank had a label item, and then nothing is updated.
+    Returns None if no rank had a label item; then nothing is updated either.
     """
-    state, world = run.state, run.world
+    state, world, precision = run.state, run.world, run.precision
     num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window),
                                                    sum(mb["num_samples"] for mb in window),
                                                    sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
-    share = grad_norm = None
+    update = None
     if num_items > 0:
         share = torch.zeros((), device=world.device)
         for i, micro_batch in enumerate(window):
             last = i + 1 == len(window)
             set_grad_sync(run.model, last)                     # reduce once per window
             weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing
-            with run.precision.autocast():
+            with precision.autocast():
                 loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))          # ()
-            run.precision.backward(loss_sum * (weight / num_items))
+            precision.backward(loss_sum * (weight / num_items))
             if weight:
                 share = share + loss_sum.detach() / num_items  # no .item(): the host stays ahead of the device
             if not last:
                 run.callbacks.fire("on_substep_end", run)
+        precision.unscale(run.optimizer)
         grad_norm = clip_grads(run.model, run.args.max_grad_norm)
+        loss = world.add(share)
         run.callbacks.fire("on_pre_optimizer_step", run)
         state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
-        run.optimizer.step()
-        run.callbacks.fire("on_optimizer_step", run)
+        finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | precision.scales)   # fp16: the scaler skips overflows
+        if precision.step(run.optimizer, finite):
+            run.callbacks.fire("on_optimizer_step", run)
+            if run.ema is not None:
+                run.ema.update()
+        else:
+            state.skipped_steps += 1
         run.optimizer.zero_grad(set_to_none=True)
+        update = Update(loss, share, grad_norm, finite)
     else:
         state.skipped_steps += 1
         state.empty_steps += 1
@@ -60,7 +78,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> tuple[Tensor, 
     state.samples_seen += num_samples
     state.total_samples += num_samples
     state.num_input_tokens_seen += num_tokens
-    return None if share is None else (share, grad_norm)
+    return update
 
 
 def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=None) -> dict:
@@ -76,17 +94,22 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         return last                                            # finished before this start
     callbacks.truncate_log(run)
     run.model.train()
+    state.in_training = True
     with catching_signals(run):
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
-            meter.evaluate(eval_loader, loss_fn, compute_metrics)
+            meter.evaluate(eval_loader, loss_fn, compute_metrics, scheduled=False)
         while state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps and not control.should_training_stop:
             callbacks.fire("on_epoch_begin", run)
             steps_before, resumed_at = state.global_step, state.samples_seen
             batches = train_loader.epoch(state.epochs_done, start=state.samples_seen)
             while window := list(islice(batches, args.gradient_accumulation_steps)):   # the last one may be shorter
                 callbacks.fire("on_step_begin", run)
-                meter.add(train_step(run, window, loss_fn))
+                with explaining_out_of_memory(args):
+                    update = train_step(run, window, loss_fn)
+                meter.add(update)
+                if update is not None and not run.precision.was_finite(update.finite):
+                    handle_nonfinite(run, update)
                 state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / micro_batches_per_epoch(args, train_loader)
                 ask_at_step_end(run)
                 callbacks.fire("on_step_end", run)
@@ -108,6 +131,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         metrics = meter.final_metrics()
         callbacks.log(run, metrics)
         callbacks.fire("on_train_end", run)
+    state.in_training = False
     return metrics
 
 
@@ -151,7 +175,7 @@ class Meter:
 
     def __init__(self, run: Run):
         self.run = run
-        self.shares: list[Tensor] = []          # of the updates since the last `collect`, on the device
+        self.losses: list[Tensor] = []          # of the updates since the last `collect`, on the device
         self.grad_norm: Tensor | None = None
         self.began = time.perf_counter()
         self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
@@ -167,26 +191,23 @@ class Meter:
         yield
         self.since += time.perf_counter() - begin
 
-    def add(self, result: tuple[Tensor, Tensor] | None) -> None:
-        if result is not None:
-            self.shares.append(result[0])
-            self.grad_norm = result[1]
+    def add(self, update: Update | None) -> None:
+        if update is not None:
+            self.losses.append(update.loss)
+            self.grad_norm = update.grad_norm
 
     def collect(self) -> None:
-        """Brings losses and gradient norm to the host, the losses summed over ranks, and into the state.
+        """Brings losses and gradient norm to the host and into the state.
 
         The state keeps each update's loss, so means do not depend on where saves fell in between: resume stays exact.
         """
         state = self.run.state
-        if self.shares:
-            by_rank = self.run.world.gather(torch.stack(self.shares).double()).tolist()      # (world_size, updates)
-            for parts in zip(*by_rank):
-                loss = sum(parts)
+        if self.losses:
+            for loss in torch.stack(self.losses).tolist():
                 state.recent_losses.append(loss)
-                state.total_loss += loss
-                state.nan_steps += not math.isfinite(loss)
+                state.total_loss += loss if math.isfinite(loss) else 0.0
             state.grad_norm = float(self.grad_norm)
-            self.shares.clear()
+            self.losses.clear()
 
     def row(self) -> dict:
         """The log of the updates since the last log: their mean loss, the last one's gradient norm and learning rate."""
@@ -197,7 +218,7 @@ class Meter:
         row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm,
                "learning_rate": state.learning_rate,
                "tokens_per_second": (state.num_input_tokens_seen - self.since_tokens) / seconds}
-        for name in ("nan_steps", "empty_steps"):
+        for name in ("nan_steps", "empty_steps", "skipped_steps"):
             if count := getattr(state, name) - getattr(state, f"recent_{name}"):
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
@@ -205,9 +226,11 @@ class Meter:
         self.restart_clock()
         return row
 
-    def evaluate(self, eval_loader, loss_fn: LossFn, compute_metrics) -> None:
+    def evaluate(self, eval_loader, loss_fn: LossFn, compute_metrics, scheduled: bool = True) -> None:
         with self.paused():
-            evaluate(self.run, eval_loader, loss_fn, compute_metrics)
+            metrics = evaluate(self.run, eval_loader, loss_fn, compute_metrics)
+        if scheduled and isinstance(self.run.schedule, Plateau):
+            self.run.schedule.observe(metrics["eval_loss"])
 
     def save(self) -> None:
         self.collect()
@@ -224,11 +247,42 @@ class Meter:
     def final_metrics(self) -> dict:
         self.collect()
         state, seconds = self.run.state, time.perf_counter() - self.began
-        applied = state.global_step - state.empty_steps
+        with_loss = state.global_step - state.empty_steps - state.nan_steps
         return {"train_runtime": seconds, "train_samples_per_second": (state.total_samples - self.first_sample) / seconds,
                 "train_steps_per_second": (state.global_step - self.first_step) / seconds,
                 "total_flos": state.num_input_tokens_seen * 6.0 * parameters_outside_embeddings(self.run.model),
-                "train_loss": state.total_loss / max(applied, 1)}
+                "train_loss": state.total_loss / max(with_loss, 1)}
+
+
+def handle_nonfinite(run: Run, update: Update) -> None:
+    """An update with a NaN or infinite loss or gradient, which was not applied: counts it, and stops all ranks if
+    --on_nonfinite says stop or there were more than --max_nonfinite in a row. Nothing is saved."""
+    args, state = run.args, run.state
+    state.nan_steps += 1
+    in_a_row = state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if state.global_step == state.last_nonfinite + 1 else 1
+    state.last_nonfinite = state.global_step
+    if args.on_nonfinite == "skip" and in_a_row <= args.max_nonfinite:
+        return
+    ranks = [rank for rank, share in enumerate(run.world.gather(update.share).tolist()) if not math.isfinite(share)]
+    where = f"the loss of rank {ranks[0]}" if ranks else "the gradient norm"
+    newest = list_checkpoints(args.output_dir)
+    raise UsageError(f"update {state.global_step}: {where} is not finite" + (f", {in_a_row} times in a row" if in_a_row > 1 else "")
+                     + f"; it was not applied. Last good checkpoint: {f'checkpoint-{newest[0]}' if newest else 'none'}. Try a lower "
+                     f"--learning_rate, more --warmup_steps, --max_grad_norm 1, or --on_nonfinite skip to leave such updates out", 4)
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(args) -> Iterator[None]:
+    """An out-of-memory error as advice: what the batch was, and what takes less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        halved = f"--per_device_train_batch_size {micro // 2} --gradient_accumulation_steps {accumulation * 2} (the same update), " if micro > 1 else ""
+        raise UsageError(f"out of memory with micro-batches of {micro} samples and accumulation {accumulation}: {error}\n"
+                         f"try {halved}--activation_checkpointing, --bf16, or a shorter --block_size", 1) from None
 
 
 def parameters_outside_embeddings(model: torch.nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from args import TrainArgs
-from loss import cross_entropy
+from loss import head_cross_entropy
 
 
 class Attention(nn.Module):
@@ -62,9 +62,10 @@ class GPT(nn.Module):
     labels are already shifted: labels[b, t] is the token after input_ids[b, t], or -100 to ignore it.
     """
 
-    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0):
+    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0,
+                 label_smoothing: float = 0.0):
         super().__init__()
-        self.vocab_size, self.block_size = vocab_size, block_size
+        self.vocab_size, self.block_size, self.label_smoothing = vocab_size, block_size, label_smoothing
         self.embed = nn.Embedding(vocab_size, n_embd)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
@@ -80,8 +81,10 @@ class GPT(nn.Module):
         rotary = rotary_angles(input_ids.shape[1], self.blocks[0].attn.head_dim, x.device)
         for block in self.blocks:
             x = block(x, rotary)
-        logits = self.head(self.norm(x))                                                    # (B, T, V)
-        return logits if labels is None else cross_entropy(logits, labels)
+        x = self.norm(x)
+        if labels is None:
+            return self.head(x)                                                             # (B, T, V)
+        return head_cross_entropy(x, self.head.weight, labels, self.label_smoothing)        # ()
 
 
 def init_weights(module: nn.Module) -> None:
@@ -93,7 +96,8 @@ def init_weights(module: nn.Module) -> None:
 
 
 def build_model(args: TrainArgs) -> GPT:
-    return GPT(args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout)
+    return GPT(args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout,
+               args.label_smoothing_factor)
 
 
 @torch.no_grad()

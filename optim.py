@@ -1,15 +1,19 @@
 """Optimizers and their parameter groups. To use another one, return it from `build_optimizer`."""
 from __future__ import annotations
 
+import math
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from args import TrainArgs
+from state import UsageError
 
 # parameters without weight decay, by name, as in the HF Trainer
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+HIDDEN = re.compile(r"(?:^|\.)\d+\.")    # inside a numbered layer, such as blocks.0.up.weight
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -18,22 +22,175 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     groups: list[dict] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = groups[id(parameter) in in_layer_norm or NO_DECAY.search(name.lower()) is not None]
-            group["params"].append(parameter)
+            groups[id(parameter) in in_layer_norm or NO_DECAY.search(name.lower()) is not None]["params"].append(parameter)
     return groups
 
 
 def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
-    """The optimizer of --optim over the bare model's parameters."""
-    groups = parameter_groups(model, args.weight_decay)
-    if args.optim == "sgd":
-        return torch.optim.SGD(groups, lr=args.learning_rate)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                             eps=args.adam_epsilon, fused=True if args.optim == "adamw_torch_fused" else None)
+    """The optimizer of --optim over the bare model's parameters. --optim_args: its own settings, as "momentum=0.9,nesterov=True"."""
+    groups, lr, betas = parameter_groups(model, args.weight_decay), args.learning_rate, (args.adam_beta1, args.adam_beta2)
+    own = parse_optim_args(args.optim_args)
+    try:
+        if args.optim in ("adamw_torch_fused", "adamw_torch"):
+            fused = True if args.optim == "adamw_torch_fused" else None
+            return torch.optim.AdamW(groups, **{"lr": lr, "betas": betas, "eps": args.adam_epsilon, "fused": fused, **own})
+        if args.optim == "sgd":
+            return torch.optim.SGD(groups, **{"lr": lr, **own})
+        if args.optim == "adafactor":
+            return Adafactor(groups, **{"lr": lr, **own})
+        if args.optim == "lion":
+            return Lion(groups, **{"lr": lr, "betas": betas, **own})
+        return MuonAdamW(model, lr, args.weight_decay, betas, args.adam_epsilon, **own)
+    except TypeError as error:
+        raise UsageError(f"--optim_args {args.optim_args}: {args.optim} does not take that ({error})") from None
 
 
-def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
-    """Sets each group's learning rate to `multiplier` times its peak, and returns the first group's."""
+def parse_optim_args(text: str | None) -> dict:
+    """"a=1,b=0.5,c=True" as keyword arguments; words are kept as text."""
+    values: dict = {}
+    for part in (text or "").replace(" ", "").split(","):
+        key, equals, value = part.partition("=")
+        if not part:
+            continue
+        if not equals:
+            raise UsageError(f"--optim_args {text}: expected name=value pairs with commas between, got {part!r}")
+        if value in ("True", "False", "true", "false"):
+            values[key] = value.lower() == "true"
+        elif re.fullmatch(r"[-+]?\d+", value):
+            values[key] = int(value)
+        else:
+            values[key] = float(value) if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value) else value
+    return values
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Sets the learning rate of each group, times the group's "lr_scale" if it has one, and returns it."""
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("peak_lr", group["lr"]) * multiplier
-    return optimizer.param_groups[0]["lr"]
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Second moments of a matrix kept as a row and a column. Shazeer and Stern 2018, algorithms 4 and 5.
+
+    With an external learning rate, as the HF Trainer uses it (scale_parameter=False, relative_step=False): the update is
+    clipped to root mean square `clip_threshold`; the decay of the moments is 1 - step ** decay_rate (section 7.2).
+    """
+
+    def __init__(self, params, lr: float, eps: float = 1e-30, clip_threshold: float = 1.0, decay_rate: float = -0.8,
+                 beta1: float | None = None, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
+                                  "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, p.grad.to(torch.promote_types(p.dtype, torch.float32)), self.state[p], group)
+
+    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        if not state:
+            state["step"] = torch.zeros(())
+            if p.ndim >= 2:
+                state["row"], state["column"] = grad.new_zeros(p.shape[:-1]), grad.new_zeros(p.shape[:-2] + p.shape[-1:])
+            else:
+                state["square"] = torch.zeros_like(grad)
+            if group["beta1"] is not None:
+                state["exp_avg"] = torch.zeros_like(grad)
+        state["step"] += 1
+        decay = 1.0 - math.pow(state["step"].item(), group["decay_rate"])     # a CPU tensor: no device is waited for
+        square = grad**2 + group["eps"]
+        if p.ndim >= 2:
+            state["row"].mul_(decay).add_(square.mean(dim=-1), alpha=1.0 - decay)
+            state["column"].mul_(decay).add_(square.mean(dim=-2), alpha=1.0 - decay)
+            row = (state["row"] / state["row"].mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+            update = (row * state["column"].unsqueeze(-2).rsqrt()).mul_(grad)
+        else:
+            state["square"].mul_(decay).add_(square, alpha=1.0 - decay)
+            update = state["square"].rsqrt().mul_(grad)
+        root_mean_square = update.norm(2) / (update.numel() ** 0.5)
+        update.div_((root_mean_square / group["clip_threshold"]).clamp_(min=1.0)).mul_(group["lr"])
+        if group["beta1"] is not None:
+            update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
+        if group["weight_decay"] != 0:
+            p.add_(p, alpha=-group["weight_decay"] * group["lr"])
+        p.add_(-update)
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps by the sign of an interpolated momentum. Chen et al. 2023, algorithm 2: use a 3-10 times smaller learning rate
+    than AdamW's and as much larger weight decay (section 5)."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(state["exp_avg"].lerp(p.grad, 1 - beta1).sign_(), alpha=-group["lr"])
+                state["exp_avg"].lerp_(p.grad, 1 - beta2)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon (Jordan et al. 2024) for the matrices inside numbered layers, AdamW for everything else.
+
+    The orthogonalised update is scaled to the size of AdamW's (adjust_lr_fn="match_rms_adamw", Liu et al. 2025, section 2.2),
+    so both take the same learning rate and weight decay. momentum, nesterov, ns_steps go to Muon.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **muon):
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, plain = parameter_groups(model, weight_decay)
+        hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[id(p)])]
+        if not hidden:
+            raise UsageError("--optim muon found no matrix inside a numbered layer (such as blocks.0.up.weight): use another optimizer")
+        chosen = {id(p) for p in hidden}
+        decayed["params"] = [p for p in decayed["params"] if id(p) not in chosen]
+        self.muon = torch.optim.Muon([{"params": hidden}], lr=lr, weight_decay=weight_decay,
+                                     **{"adjust_lr_fn": "match_rms_adamw", **muon})
+        self.adamw = torch.optim.AdamW([decayed, plain], lr=lr, betas=betas, eps=eps, fused=True)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        """One set of groups and one state for the two parts and the whole, so that checkpoints see one optimizer."""
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.muon.step()
+        self.adamw.step()
+
+
+class EMA:
+    """Exponential moving average of the trained weights, taken after every update (Polyak and Juditsky 1992).
+
+    average = decay * average + (1 - decay) * weight. `swap` puts the averages into the model, to evaluate or save them.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.average = get_ema_multi_avg_fn(decay)
+
+    def update(self) -> None:
+        self.average(list(self.averages.values()), [p.detach() for p in self.weights.values()], None)
+
+    def swap(self) -> None:
+        """Exchanges weights and averages; called twice it changes nothing."""
+        for name, p in self.weights.items():
+            p.data, self.averages[name] = self.averages[name], p.data

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from args import TrainArgs
     from callbacks import Callbacks
     from distributed import World
+    from optim import EMA
     from precision import Precision
 
 Batch = dict[str, Any]      # tensors for the model, and the ints num_items and num_samples for the loop
@@ -49,7 +50,7 @@ class TrainState:
     global_step: int = 0            # updates attempted over the whole run
     skipped_steps: int = 0          # of these, the ones not applied; the schedule reads global_step - skipped_steps
     empty_steps: int = 0            # of the skipped ones, those whose window held no label item
-    nan_steps: int = 0              # updates whose loss was NaN or infinite
+    nan_steps: int = 0              # updates not applied since their loss or gradient was NaN or infinite
     epochs_done: int = 0            # finished passes over the data
     samples_seen: int = 0           # in this pass, over all ranks: a position that holds at any world or batch size
     epoch: float = 0.0              # passes over the data, counted in micro-batches: what logs show
@@ -60,8 +61,11 @@ class TrainState:
     grad_norm: float | None = None  # of the last update, before clipping
     total_loss: float = 0.0         # sum of the losses of all updates, for train_loss
     recent_losses: list[float] = field(default_factory=list)   # of each update since the last log
-    recent_nan_steps: int = 0       # nan_steps and empty_steps when the last row was logged
+    recent_nan_steps: int = 0       # nan_steps, empty_steps and skipped_steps when the last row was logged
     recent_empty_steps: int = 0
+    recent_skipped_steps: int = 0
+    last_nonfinite: int = -1        # global_step after the last update that was not finite, and how many came in a row
+    nonfinite_in_a_row: int = 0
     best_metric: float | None = None
     log_bytes: int = 0              # length of metrics.jsonl, which is the history; resume truncates to it
 
@@ -74,6 +78,7 @@ class TrainState:
     is_local_process_zero: bool = runtime(True)
     is_world_process_zero: bool = runtime(True)
     log_path: str = runtime("")
+    in_training: bool = runtime(False)
 
     def to_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if "runtime" not in f.metadata}
@@ -95,7 +100,8 @@ class Run:
     world: World
     model: torch.nn.Module                   # as it trains: wrapped for the strategy
     optimizer: torch.optim.Optimizer
-    schedule: Callable[[int], float]         # finished updates -> multiplier of the learning rate
+    schedule: Callable[[int], float]         # finished updates -> learning rate
     precision: Precision
     state: TrainState
     callbacks: Callbacks
+    ema: EMA | None = None

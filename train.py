@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from adapters import adapt
 from args import TrainArgs, check_args, parse_args
 from callbacks import Callbacks, ProgressCallback
 from checkpoint import find_checkpoint, load_checkpoint, load_state
@@ -18,7 +19,7 @@ from distributed import World, open_world, parallelize, set_seed, unwrap
 from loop import micro_batches_per_epoch, plan, train
 from loss import compute_loss
 from model import build_model, generate
-from optim import build_optimizer
+from optim import EMA, build_optimizer
 from precision import Precision
 from schedules import build_schedule
 from state import Run, UsageError
@@ -62,10 +63,15 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
     state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     progress = [ProgressCallback(args.disable_tqdm)] if world.is_main else [] # printing is rank 0's
+    precision = Precision(world.device, args.fp16, args.bf16, args.tf32,
+                          torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None)
+    precision.check_model(model)
+    adapt(model, args)                                        # adapters.py    before wrapping
     model = parallelize(model, world)                         # distributed.py <- your parallelism
     optimizer = build_optimizer(unwrap(model), args)          # optim.py       <- your optimizer; after wrapping
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
-    run = Run(args, world, model, optimizer, schedule, Precision(), state, Callbacks([*progress, *callbacks]))
+    run = Run(args, world, model, optimizer, schedule, precision, state, Callbacks([*progress, *callbacks]),
+              None if args.ema_decay is None else EMA(unwrap(model), args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)                      # checkpoint.py  random generators and data position too

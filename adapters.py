@@ -1,0 +1,54 @@
+"""What is put around a model to train it: noise on its embeddings, recomputed activations, compilation.
+
+All of it is applied in place before the model is wrapped, and leaves the names of parameters as they are.
+"""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from state import UsageError
+
+
+def adapt(model: nn.Module, args) -> None:
+    """Applies what the flags ask for: --neftune_noise_alpha, --activation_checkpointing, --torch_compile."""
+    if args.neftune_noise_alpha is not None:
+        add_neftune(model, args.neftune_noise_alpha)
+    if args.activation_checkpointing:
+        checkpoint_activations(model)
+    if args.torch_compile:
+        model.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)   # in place: no _orig_mod
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """A transformers model's own answer, or the first nn.Embedding."""
+    if hasattr(model, "get_input_embeddings"):
+        return model.get_input_embeddings()
+    found = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if found is None:
+        raise UsageError("--neftune_noise_alpha adds noise to token embeddings, and this model has no nn.Embedding: leave it away")
+    return found
+
+
+def add_neftune(model: nn.Module, alpha: float) -> None:
+    """Uniform noise in +-alpha / sqrt(T * C) on the embeddings (B, T, C) while training. Jain et al. 2023, algorithm 1."""
+    def add_noise(module: nn.Module, inputs, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        size = alpha / torch.sqrt(torch.tensor(output.size(1) * output.size(2)))
+        return output + torch.zeros_like(output).uniform_(-size, size)
+    input_embedding(model).register_forward_hook(add_noise)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keeps only the inputs of each block and computes it again in backward. Chen et al. 2016, section 4."""
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif hasattr(model, "blocks"):
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    else:
+        raise UsageError("--activation_checkpointing needs a model with .blocks, a list of modules, or a transformers model")
