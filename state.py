@@ -62,7 +62,9 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)   # of each update since the last log
     recent_nan_steps: int = 0       # nan_steps and empty_steps when the last row was logged
     recent_empty_steps: int = 0
-    best_metric: float | None = None
+    last_logged_step: int = 0
+    samples_per_update: int = 0     # batch geometry: of all ranks, over one window
+    epoch_open: bool = False        # a pass has begun whose end has not been handled yet
     log_bytes: int = 0              # length of metrics.jsonl, which is the history; resume truncates to it
 
     max_steps: int = runtime(0)
@@ -74,6 +76,7 @@ class TrainState:
     is_local_process_zero: bool = runtime(True)
     is_world_process_zero: bool = runtime(True)
     log_path: str = runtime("")
+    finished: bool = runtime(False)         # nothing was left to do when this start found the run
 
     def to_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if "runtime" not in f.metadata}
@@ -84,7 +87,7 @@ class TrainState:
         if not os.path.exists(self.log_path):
             return []
         with open(self.log_path) as file:
-            return [json.loads(line) for line in file]
+            return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 @dataclass

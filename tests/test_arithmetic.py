@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from collators import default_collator
+from state import UsageError
 from tests.toy import Numbers, arguments, rows, run_training, sequences
 
 
@@ -43,6 +44,19 @@ def test_the_last_incomplete_window_is_stepped_and_scaled_by_its_own_size(tmp_pa
 class Stream:
     def __iter__(self):
         return iter({"x": torch.tensor([float(i)])} for i in range(5))
+
+
+def test_a_stream_needs_max_steps_and_samples(tmp_path):
+    with pytest.raises(UsageError, match="--max_steps is needed for a stream"):
+        run_training(arguments(tmp_path), linear_loss, model=torch.nn.Linear(1, 1), train_set=Stream())
+    with pytest.raises(UsageError, match="its first pass gave no sample"):
+        run_training(arguments(tmp_path, max_steps=3), linear_loss, model=torch.nn.Linear(1, 1), train_set=filter(None, []))
+
+
+def test_a_stream_that_cannot_be_read_again_ends_the_training(tmp_path, capsys):
+    once = iter([{"x": torch.tensor([float(i)])} for i in range(4)])
+    run = run_training(arguments(tmp_path, max_steps=9), linear_loss, model=torch.nn.Linear(1, 1, bias=False), train_set=once)
+    assert run.state.global_step == 2 and "gave nothing in another pass" in capsys.readouterr().err
 
 
 def test_the_tail_of_a_finite_stream_is_a_window_of_its_own(tmp_path):
