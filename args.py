@@ -65,7 +65,7 @@ class TrainArgs:
     learning_rate: float = arg(5e-5, "peak learning rate", 0, 1e6)
     optim: Literal["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "lion", "muon"] = arg("adamw_torch_fused", "optimizer")
     optim_args: str | None = arg(None, "the optimizer's own settings, as momentum=0.9,nesterov=True")
-    weight_decay: float = arg(0.0, "decoupled weight decay of matrices; biases and norms have none", 0, 1e6)
+    weight_decay: float = arg(0.0, "weight decay; biases and norms have none", 0, 1e6)
     adam_beta1: float = arg(0.9, "decay of AdamW's first moment", 0, 0.999999999)
     adam_beta2: float = arg(0.999, "decay of AdamW's second moment", 0, 0.999999999)
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon", 0, 1e6)
@@ -105,6 +105,12 @@ class TrainArgs:
     save_steps: float = arg(500, "updates between checkpoints; below 1: the ratio of all updates", 0, 10**12)
     save_total_limit: int | None = arg(None, "checkpoints to keep, the newest ones (default: all)", 1, 10**9)
     disable_tqdm: bool | None = arg(None, "no progress bar (default: none where stderr is not a terminal)")
+
+    def __post_init__(self):
+        """Paths may be Path objects and "True" may be True, as people write them in Python."""
+        self.output_dir = os.path.expanduser(self.output_dir)
+        if self.resume_from_checkpoint is not None:
+            self.resume_from_checkpoint = os.path.expanduser(str(self.resume_from_checkpoint))
 
     def to_dict(self) -> dict:
         """The settings as plain values, as `json.dump` takes them."""
@@ -156,14 +162,15 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
             glued.append(word)
     known, unknown = parser.parse_known_args(glued)
     problems = [unknown_flag(word, list(fields)) for word in unknown]
-    values = {}
+    values, bad = {}, set()
     for name, text in vars(known).items():
         try:
             values[name] = convert(text, hints[name])
         except ValueError as error:
+            bad.add(name)
             problems.append(f"--{name}{'' if text is MISSING else ' ' + text}: {error}")
     args = TrainArgs(**values)
-    problems += list_problems(args)
+    problems += list_problems(args, bad)
     if problems:
         raise UsageError("\n".join(problems))
     return args
@@ -176,6 +183,8 @@ def unknown_flag(word: str, names: list[str]) -> str:
     if not word.startswith("-"):
         return f"{word!r}: a stray word; flags are written --name value (quote globs and text with spaces)"
     name = word.lstrip("-").partition("=")[0]
+    if not name:
+        return f"{word!r}: a flag without a name"
     if name in REMOVED:
         return f"--{name} is not a flag here: {REMOVED[name]}"
     near = [n for n in names if n.startswith(name)] or difflib.get_close_matches(name, names, n=1)
@@ -224,58 +233,59 @@ def convert(text: str, hint):
 
 def check_args(args: TrainArgs) -> None:
     """Raises one `UsageError` with every problem of the settings; `parse_args` calls the same checks."""
-    if problems := list_problems(args):
+    if problems := list_problems(args, set()):
         raise UsageError("\n".join(problems))
 
 
-def list_problems(args: TrainArgs) -> list[str]:
-    problems = []
+def list_problems(args: TrainArgs, bad: set[str]) -> list[str]:
+    """What is wrong with the values, and with how they fit together; fields in `bad` are known to be wrong already."""
+    problems, bad = [], set(bad)
     hints = typing.get_type_hints(TrainArgs)
     for f in dataclasses.fields(args):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         choices = literal_choices(hints[f.name])
+        said = None
         if choices and value not in choices:
-            problems.append(f"{f.name}={value!r} must be one of {', '.join(choices)}")
-        if low is None or value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            problems.append(f"{f.name}={value!r} must be a number from {low:g} to {high:g}")
-        elif not math.isfinite(value) or not low <= value <= high:
-            problems.append(f"{f.name}={value} must be from {low:g} to {high:g}")
-        elif type_name(hints[f.name]) == "INT" and value != int(value):
-            problems.append(f"{f.name}={value} must be a whole number")
-    if problems:
-        return problems   # the checks below compare values that must make sense on their own
+            said = f"must be one of {', '.join(choices)}"
+        elif low is not None and value is not None:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+                said = f"must be a number from {low} to {high}"
+            elif type_name(hints[f.name]) == "INT" and value != int(value):
+                said = "must be a whole number"
+        if said:
+            problems.append(f"{f.name}={value!r} {said}")
+            bad.add(f.name)
+    a = dataclasses.replace(args, **{f.name: f.default for f in dataclasses.fields(args) if f.name in bad})   # comparable below
 
-    def need(ok: bool, message: str) -> None:
-        if not ok:
+    def need(names: str, fits: bool, message: str) -> None:
+        if not fits and not bad & set(names.split()):
             problems.append(message)
 
     for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
-        value = getattr(args, name)
-        if value is not None:
-            need(value <= 1 or value == int(value), f"{name}={value} must be a whole number of updates, or a ratio below 1")
-    need(args.max_steps != 0, "max_steps=0 trains nothing: give at least 1, or -1 to count by num_train_epochs")
-    need(args.max_steps > 0 or args.num_train_epochs > 0,
-         f"num_train_epochs={args.num_train_epochs} trains nothing: give more than 0, or --max_steps")
-    need(args.logging_strategy != "steps" or args.logging_steps > 0, "logging_steps=0 with --logging_strategy steps: "
-         "give at least 1, or --logging_strategy no")
-    need(args.eval_strategy != "steps" or args.eval_steps is None or args.eval_steps > 0,
-         "eval_steps=0 with --eval_strategy steps: give at least 1, or --eval_strategy no")
-    need(args.save_strategy != "steps" or args.save_steps > 0, "save_steps=0 with --save_strategy steps: "
-         "give at least 1, or --save_strategy no")
-    need(args.n_embd % (2 * args.n_head) == 0,
-         f"n_embd={args.n_embd} must be a multiple of 2 * n_head = {2 * args.n_head}: rotary positions turn pairs in each head")
-    need(not args.streaming or args.dataset is not None, "--streaming needs --dataset: the default data is read whole")
-    need(not args.streaming or args.max_steps > 0, "--streaming needs --max_steps: a stream has no length to count epochs by")
-    need(args.eval_dataset is None or args.dataset is not None, "--eval_dataset needs --dataset: the default data brings its own")
-    need(args.output_dir.strip() != "", "output_dir is empty: name a folder")
-    need(args.text_column.strip() != "", "text_column is empty: name a column")
-    need(not (args.fp16 and args.bf16), "--fp16 and --bf16 exclude each other: use one")
-    need(not (args.fp16_full_eval and args.bf16_full_eval), "--fp16_full_eval and --bf16_full_eval exclude each other: use one")
-    need(args.lr_scheduler_type != "reduce_lr_on_plateau" or args.eval_strategy != "no",
+        value = getattr(a, name)
+        need(name, value is None or value <= 1 or value == int(value), f"{name}={value} must be a whole number of updates, or a ratio below 1")
+    need("max_steps", a.max_steps != 0, "max_steps=0 trains nothing: give at least 1, or -1 to count by num_train_epochs")
+    need("max_steps num_train_epochs", a.max_steps >= 0 or a.num_train_epochs > 0,
+         f"num_train_epochs={a.num_train_epochs} trains nothing: give more than 0, or --max_steps")
+    need("logging_strategy logging_steps", a.logging_strategy != "steps" or a.logging_steps > 0,
+         "logging_steps=0 with --logging_strategy steps: give at least 1, or --logging_strategy no")
+    need("eval_strategy eval_steps logging_steps", a.eval_strategy != "steps" or (a.logging_steps if a.eval_steps is None else a.eval_steps) > 0,
+         "eval_steps=0 (by default it is logging_steps) with --eval_strategy steps: give at least 1, or --eval_strategy no")
+    need("save_strategy save_steps", a.save_strategy != "steps" or a.save_steps > 0,
+         "save_steps=0 with --save_strategy steps: give at least 1, or --save_strategy no")
+    need("n_embd n_head", a.n_embd % (2 * a.n_head) == 0,
+         f"n_embd={a.n_embd} must be a multiple of 2 * n_head = {2 * a.n_head}: rotary positions turn pairs in each head")
+    need("streaming dataset", not a.streaming or a.dataset is not None, "--streaming needs --dataset: the default data is read whole")
+    need("streaming max_steps", not a.streaming or a.max_steps > 0, "--streaming needs --max_steps: a stream has no length to count epochs by")
+    for name in ("eval_dataset", "dataset_config_name"):
+        need(f"{name} dataset", getattr(a, name) is None or a.dataset is not None, f"--{name} needs --dataset: the default data brings its own")
+    for name in ("output_dir", "text_column"):
+        need(name, getattr(a, name).strip() != "", f"{name} is empty: give a name")
+    need("fp16 bf16", not (a.fp16 and a.bf16), "--fp16 and --bf16 exclude each other: use one")
+    need("fp16_full_eval bf16_full_eval", not (a.fp16_full_eval and a.bf16_full_eval),
+         "--fp16_full_eval and --bf16_full_eval exclude each other: use one")
+    need("lr_scheduler_type eval_strategy", a.lr_scheduler_type != "reduce_lr_on_plateau" or a.eval_strategy != "no",
          "--lr_scheduler_type reduce_lr_on_plateau needs evaluations to look at: give --eval_strategy steps or epoch")
-    need(args.torch_compile or not (args.torch_compile_backend or args.torch_compile_mode),
-         "--torch_compile_backend and --torch_compile_mode need --torch_compile")
-    args.output_dir = os.path.expanduser(args.output_dir)
+    for name in ("torch_compile_backend", "torch_compile_mode"):
+        need(f"{name} torch_compile", a.torch_compile or getattr(a, name) is None, f"--{name} needs --torch_compile")
     return problems

@@ -1,6 +1,7 @@
 """Callbacks: what is watched, and who may ask to log, evaluate, save or stop. What decides training maths is never here.
 
-Event names, order, signatures and control flags are those of the HF Trainer, so a callback written for it runs here as it is.
+Event names, order, signatures and control flags are those of the HF Trainer, so a callback written for it runs here as it is,
+if the arguments it reads exist here.
 """
 from __future__ import annotations
 
@@ -94,23 +95,33 @@ class Callbacks:
         The row is one write, so a reader sees it whole; NaN and Infinity are written as Python's json does.
         """
         logs["epoch"] = run.state.epoch
-        if run.world.is_main:
-            with open(run.state.log_path, "a") as file:
-                file.write(json.dumps({**logs, "step": run.state.global_step}) + "\n")
-            run.state.log_bytes = os.path.getsize(run.state.log_path)
+        with run.world.writing(run.state.log_path):
+            if run.world.is_main:
+                with open(run.state.log_path, "a") as file:
+                    file.write(json.dumps({**logs, "step": run.state.global_step}) + "\n")
+                run.state.log_bytes = os.path.getsize(run.state.log_path)
         self.fire("on_log", run, logs=logs)
 
-    def truncate_log(self, run: Run) -> None:
-        """Cuts metrics.jsonl to the length it had at the checkpoint: rows logged after it will be logged again."""
-        if run.world.is_main:
-            with open(run.state.log_path, "a") as file:
-                if file.tell() < run.state.log_bytes:
-                    print(f"warning: {run.state.log_path} has lost rows logged before update {run.state.global_step}", file=sys.stderr)
-                file.truncate(min(run.state.log_bytes, file.tell()))
+    def open_log(self, run: Run) -> None:
+        """Cuts metrics.jsonl to the length it had at the checkpoint: rows logged after it will be logged again. A run that
+        had ended with its last row is left as it is and marked finished."""
+        state, finished = run.state, False
+        with run.world.writing(state.log_path):
+            if run.world.is_main:
+                with open(state.log_path, "ab+") as file:
+                    length = file.tell()
+                    if length < state.log_bytes:
+                        print(f"warning: {state.log_path} has lost rows logged before update {state.global_step}", file=sys.stderr)
+                    file.seek(state.log_bytes)
+                    later = [json.loads(line) for line in file if line.endswith(b"\n")]
+                    finished = state.global_step >= state.max_steps and any("train_loss" in row for row in later)
+                    if not finished:
+                        file.truncate(min(length, state.log_bytes))
+        state.finished = bool(run.world.max(int(finished))[0])
 
     def states(self) -> list[list]:
         """[class name, state] of each callback that has something to keep, for the checkpoint."""
-        found = [[type(c).__name__, c.state()] for c in self.callbacks if hasattr(c, "state")]
+        found = [[type(c).__name__, c.state()] for c in self.callbacks if callable(getattr(c, "state", None))]
         return [[name, state] for name, state in found if state.get("attributes")]
 
     def load_states(self, saved: list[list]) -> None:

@@ -12,7 +12,6 @@ A checkpoint is written as `tmp-checkpoint-N` and renamed once, after all ranks 
 """
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,9 +19,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from optim import EMA
 from schedules import Plateau
 from state import Run, TrainState, UsageError
 
+FORMAT = 1     # of the folder, in its manifest
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -44,11 +44,11 @@ def save_checkpoint(run: Run) -> str:
     output_dir, world = run.args.output_dir, run.world
     final = os.path.join(output_dir, f"checkpoint-{run.state.global_step}")
     tmp = os.path.join(output_dir, f"tmp-checkpoint-{run.state.global_step}")
-    with saving(world, tmp):
+    with world.writing(tmp):
         if world.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-    with saving(world, tmp):
+    with world.writing(tmp):
         write_json(tmp, f"rng-{world.rank}.json", rng_state())
         if world.is_main:
             write_tensors(tmp, "model.safetensors", model_tensors(unwrap(run.model)))
@@ -59,37 +59,32 @@ def save_checkpoint(run: Run) -> str:
             write_json(tmp, "state.json", {"state": run.state.to_dict(), "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
                                            "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {},
                                            "world_size": world.world_size, "torch": torch.__version__})
-    with saving(world, tmp):
+    with world.writing(tmp):
         if world.is_main:
-            write_json(tmp, "manifest.json", {"format": 1, "files": describe_files(tmp)})
+            write_json(tmp, "manifest.json", {"format": FORMAT, "files": describe_files(tmp)})
             sync(tmp)
-            if os.path.exists(final):   # written by a run that went further than the checkpoint this one resumed from
-                shutil.rmtree(final)
+            if replaced := os.path.exists(final):   # saved twice at one update: `prepare_output_dir` puts it back after a crash here
+                os.rename(final, os.path.join(output_dir, f"replaced-checkpoint-{run.state.global_step}"))
             os.rename(tmp, final)
             sync(output_dir)
+            if replaced:
+                shutil.rmtree(os.path.join(output_dir, f"replaced-checkpoint-{run.state.global_step}"))
             rotate(output_dir, run.args.save_total_limit)
     return final
 
 
-@contextlib.contextmanager
-def saving(world: World, path: str) -> Iterator[None]:
-    """A part of a save that all ranks enter and leave together; an error of one is an error of all."""
-    error = None
-    try:
-        yield
-    except OSError as failure:
-        error = UsageError(f"cannot write {path}: {failure}; free space or permissions there, then resume", 5)
-    world.raise_together(error)
-
-
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by name. A weight with two names (tied) is kept under the first."""
+    """The weights by name. A weight with two names (tied) is kept under the first; views of one storage become copies."""
     seen: set[int] = set()
+    storages: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach().cpu().contiguous()
+        if id(tensor) in seen:
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.detach().clone() if storage in storages else tensor.detach().cpu().contiguous()
+        seen.add(id(tensor))
+        storages.add(storage)
     return tensors
 
 
@@ -102,7 +97,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def write_tensors(folder: str, name: str, tensors: dict[str, Tensor]) -> None:
     path = os.path.join(folder, name)
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:   # a full disk, among others
+        raise OSError(str(error)) from None
     os.chmod(path, 0o666 & ~current_umask())   # safetensors makes it readable by its owner alone
     sync(path)
 
@@ -138,9 +136,11 @@ def describe_files(folder: str) -> dict[str, dict]:
 
 
 def rotate(output_dir: str, limit: int | None) -> None:
-    """Keeps the newest `limit` checkpoints."""
+    """Keeps the newest `limit` checkpoints. The others lose their name before their files, so that none is ever half there."""
     for step in list_checkpoints(output_dir)[limit or sys.maxsize:]:
-        shutil.rmtree(os.path.join(output_dir, f"checkpoint-{step}"))
+        doomed = os.path.join(output_dir, f"tmp-deleted-checkpoint-{step}")
+        os.rename(os.path.join(output_dir, f"checkpoint-{step}"), doomed)
+        shutil.rmtree(doomed)
 
 
 # ---------------------------------------------------------------------------------------------------- find
@@ -152,9 +152,12 @@ def prepare_output_dir(output_dir: str) -> None:
         os.makedirs(output_dir, exist_ok=True)
         with open(probe, "w"):
             os.remove(probe)
-        for name in os.listdir(output_dir):
-            if name.startswith("tmp-checkpoint-"):   # left by a save that was killed
-                shutil.rmtree(os.path.join(output_dir, name))
+        for name in os.listdir(output_dir):     # what a save that was killed has left
+            path, original = os.path.join(output_dir, name), os.path.join(output_dir, name.removeprefix("replaced-"))
+            if name.startswith("replaced-checkpoint-") and not os.path.exists(original):
+                os.rename(path, original)
+            elif name.startswith(("tmp-checkpoint-", "tmp-deleted-checkpoint-", "replaced-checkpoint-")):
+                shutil.rmtree(path)
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} cannot be written: {error}", 5) from None
 
@@ -204,11 +207,18 @@ def choose_checkpoint(wanted: str | None, output_dir: str) -> int:
         if steps or wanted.lower() == "true":
             raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if steps else ''}checkpoint in {output_dir}; "
                              f"give the path of one, or start a new run in another --output_dir", 3)
+        if holds_run(output_dir):
+            print(f"note: {output_dir} has a metrics.jsonl but no checkpoint to go on from; the run starts anew and replaces it", file=sys.stderr)
         return -1
     if (problem := find_damage(wanted)) is not None:
         raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
     source = os.path.dirname(os.path.abspath(wanted))
-    if not os.path.samefile(source, output_dir) and holds_run(output_dir):
+    if os.path.samefile(source, output_dir):
+        chosen = CHECKPOINT.fullmatch(os.path.basename(os.path.abspath(wanted)))
+        if chosen is None or steps[0] > int(chosen[1]):
+            raise UsageError(f"--resume_from_checkpoint {wanted}: {output_dir} goes on to checkpoint-{steps[0]}, which would be mixed with "
+                             f"the new run: give a new --output_dir, or move the newer checkpoints away")
+    elif holds_run(output_dir):
         raise UsageError(f"--output_dir {output_dir} already holds another run than {wanted}: give a new --output_dir, "
                          f"or {source} to go on there")
     return -1
@@ -228,11 +238,13 @@ def find_damage(path: str) -> str | None:
         return "no such folder"
     try:
         manifest = read_json(path, "manifest.json")
-        expected = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, and this program knows {FORMAT}"
+        expected = dict(manifest["files"])
         found = describe_files(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no readable manifest.json ({error})"
-    found.pop("manifest.json", None)
+    found.pop("manifest.json")
     for name in sorted(expected.keys() | found.keys()):
         if name not in found or name not in expected:
             return f"{name} is {'missing' if name not in found else 'not in its manifest'}"
@@ -250,7 +262,12 @@ def read_json(folder: str, name: str) -> dict:
 
 def load_state(path: str | None) -> TrainState:
     """The progress stored in a checkpoint; a fresh one without a checkpoint."""
-    return TrainState(**read_json(path, "state.json")["state"]) if path else TrainState()
+    if path is None:
+        return TrainState()
+    stored, known = read_json(path, "state.json")["state"], TrainState().to_dict()
+    if stored.keys() != known.keys():
+        raise UsageError(f"{path}/state.json is of another version of this program: it differs in {sorted(stored.keys() ^ known.keys())}", 3)
+    return TrainState(**stored)
 
 
 def load_checkpoint(run: Run, path: str) -> None:

@@ -44,7 +44,8 @@ class Loader:
         self.rank, self.world_size, self.seed, self.drop_last = rank, world_size, seed, drop_last
         self.vocab_size = None if isinstance(dataset, Blocks) else vocab_size   # blocks are checked when they are cut
         self.round_size = batch_size * world_size       # samples of all ranks in one round of micro-batches
-        self.num_samples = len(dataset) if hasattr(dataset, "__len__") else None   # None: a stream, unknown
+        stream = isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
+        self.num_samples = None if stream else len(dataset)     # None: unknown
         if self.num_samples == 0:
             raise UsageError("the data set is empty: it has 0 samples")
         if drop_last and self.num_samples is not None and self.num_samples < self.round_size:
@@ -95,9 +96,12 @@ class Loader:
         if "num_items" not in batch:
             raise UsageError("the collator must return num_items, the number of label items its loss sums over: "
                              "add \"num_items\": int((labels != -100).sum()), or the number of samples")
+        num_items = int(batch["num_items"])
+        if num_items != batch["num_items"]:
+            raise UsageError(f"the collator returned num_items={batch['num_items']}: expected a whole number of label items")
         if self.vocab_size is not None:
             check_ids(batch, names, self.vocab_size)
-        return {**batch, "num_items": int(batch["num_items"]) if num_samples else 0, "num_samples": num_samples}
+        return {**batch, "num_items": num_items if num_samples else 0, "num_samples": num_samples}
 
 
 def check_ids(batch: Batch, names, vocab_size: int) -> None:
@@ -305,6 +309,8 @@ def read_rows(name: str, args: TrainArgs):
     if files is None:
         path = name
         kwargs["name"] = args.dataset_config_name
+        if glob.glob(os.path.join(glob.escape(name), "**", "*.txt"), recursive=True):
+            kwargs["keep_linebreaks"] = True
     else:
         kinds = {FORMATS.get(os.path.splitext(f)[1].lower(), "text") for f in files}
         if len(kinds) > 1:
@@ -333,8 +339,9 @@ def find_files(name: str) -> list[str] | None:
         return None
     files = []
     for part in name.split(","):
+        part = os.path.expanduser(part)
         found = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
-        files += [os.path.expanduser(f) for f in found]
+        files += found
         if not found:
             raise UsageError(f"{part}: no file matches")
     missing = [f for f in files if not os.path.isfile(f)]
@@ -350,11 +357,15 @@ def find_files(name: str) -> list[str] | None:
 def documents(rows, column: str) -> Iterator[bytes]:
     """Bytes of each row. Rows of text files are lines and keep their breaks; other rows end with a zero byte."""
     lines = rows.column_names == ["text"] and rows.info.builder_name == "text"
-    for number, row in enumerate(rows):
-        text = row["text" if lines else column]
-        if not isinstance(text, str):
-            raise UsageError(f"row {number}: column {column!r} holds {text!r}, expected text")
-        yield text.encode() if lines else text.encode() + b"\0"
+    number = -1
+    try:
+        for number, row in enumerate(rows):
+            text = row["text" if lines else column]
+            if not isinstance(text, str):
+                raise UsageError(f"row {number}: column {column!r} holds {text!r}, expected text")
+            yield text.encode() if lines else text.encode() + b"\0"
+    except ValueError as error:     # of a stream, whose files are parsed as they are read
+        raise error if isinstance(error, UsageError) else UsageError(f"the data cannot be read after row {number}: {error}") from None
 
 
 def read_tokens(name: str, args: TrainArgs) -> Tensor:

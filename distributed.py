@@ -63,10 +63,6 @@ class World:
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def raise_together(self, error: Exception | None) -> None:
         """Raises on every rank if any rank has an error: its own, or one that names the ranks that failed."""
         failed = self.gather(torch.tensor(error is not None)).nonzero().flatten().tolist()
@@ -74,6 +70,16 @@ class World:
             raise error
         if failed:
             raise UsageError(f"rank {failed[0]} failed; its own message says why", 1)
+
+    @contextlib.contextmanager
+    def writing(self, path: str) -> Iterator[None]:
+        """A piece of work on files that all ranks enter and leave together; a failure of one is an error of all."""
+        error = None
+        try:
+            yield
+        except OSError as failure:
+            error = UsageError(f"cannot write {path}: {failure}; free space or permissions there, then resume", 5)
+        self.raise_together(error)
 
 
 kept_group: list = []   # the process group closed last; see open_world

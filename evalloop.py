@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from distributed import World, rng_state, set_rng_state, unwrap
-from state import Batch, LossFn, Run
+from state import Batch, LossFn, Run, UsageError
 
 PredictFn = Callable[[nn.Module, Batch], Tensor]   # (model, micro-batch) -> predictions (B, ...)
 
 
 def model_outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """The default prediction: the model's output for everything in the batch but the labels."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model(**inputs)
+    """The default prediction: what the model gives for everything in the batch but the labels, or its .logits."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    return getattr(output, "logits", output)
 
 
 @contextlib.contextmanager
 def evaluating(run: Run) -> Iterator[nn.Module]:
-    """The bare model in eval mode without gradients, with averaged weights if there are (--ema_decay); its mode, its weights
+    """The bare model in eval mode without gradients, with averaged weights if there are (--ema_decay); its modes, its weights
     and all random generators are put back afterwards."""
     model, optimizer, rng = unwrap(run.model), run.optimizer, rng_state()
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     if hasattr(optimizer, "eval"):      # schedule-free optimizers evaluate other weights than they train
         optimizer.eval()
@@ -40,7 +40,8 @@ def evaluating(run: Run) -> Iterator[nn.Module]:
             run.ema.swap()
         if hasattr(optimizer, "train"):
             optimizer.train()
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         set_rng_state(rng)
 
 
@@ -70,13 +71,15 @@ def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tenso
             num_samples += batch["num_samples"]
             num_batches += 1
             run.callbacks.fire("on_prediction_step", run)
-    num_items, num_samples = world.sum(num_items, num_samples)
-    total = float(world.gather(loss_sum).sum())
-    metrics = {f"{prefix}_loss": total / num_items if num_items else float("nan")}
-    if compute_metrics is not None:
-        predictions, labels = (join_rows(part) for part in zip(*outputs))
-        for key, value in compute_metrics(predictions, labels).items():
-            metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = plain_number(value)
+        num_items, num_samples = world.sum(num_items, num_samples)
+        if num_samples == 0:
+            raise UsageError("the data set to evaluate is empty: it gave no sample")
+        total = float(world.gather(loss_sum).sum())
+        metrics = {f"{prefix}_loss": total / num_items if num_items else float("nan")}
+        if compute_metrics is not None:
+            predictions, labels = (join_rows(part) for part in zip(*outputs))
+            for key, value in compute_metrics(predictions, labels).items():
+                metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = plain_number(value)
     seconds = time.perf_counter() - start
     metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds,
                 f"{prefix}_steps_per_second": num_batches / seconds}
@@ -94,14 +97,20 @@ def predict(run: Run, loader, predict_fn: PredictFn = model_outputs) -> Tensor:
                 predictions = predict_fn(model, to_device(batch, run.world.device))
             outputs.append(gather_rows(run.world, predictions, batch["num_samples"]))
             run.callbacks.fire("on_prediction_step", run)
+    if not outputs:
+        raise UsageError("the data set to predict is empty: it gave no sample")
     predictions = join_rows(outputs)
     run.callbacks.fire("on_predict", run, metrics={})
     return predictions
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The tensors of a micro-batch on `device`; its counts stay behind."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
+    """A micro-batch with its tensors on `device` and without its counts, as losses and models get it."""
+    def move(value):
+        if isinstance(value, dict):
+            return {key: move(part) for key, part in value.items()}
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return {key: move(value) for key, value in batch.items() if key not in ("num_items", "num_samples")}
 
 
 def gather_rows(world: World, rows: Tensor, num_samples: int) -> Tensor:

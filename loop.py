@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from checkpoint import list_checkpoints, save_checkpoint
 from distributed import clip_grads, set_grad_sync
-from evalloop import evaluate, to_device
+from evalloop import evaluate, model_outputs, to_device
 from optim import set_lr
 from schedules import Plateau
 from state import Batch, LossFn, Run, TrainState, UsageError
@@ -81,30 +83,33 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     return update
 
 
-def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=None) -> dict:
+def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=None, predict_fn=model_outputs) -> dict:
     """Trains until state.max_steps, or until a callback or a signal stops it. Returns the last row of metrics.
 
     Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal the
-    update is finished and saved, and SystemExit(128 + signal) is raised.
+    update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`.
     """
     args, state, callbacks = run.args, run.state, run.callbacks
     control, meter = callbacks.control, Meter(run)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
-    if state.global_step >= state.max_steps and "train_loss" in (last := (state.log_history or [{}])[-1]):
-        return last                                            # finished before this start
-    callbacks.truncate_log(run)
+    evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn)
+    if state.finished:
+        return next(row for row in reversed(state.log_history) if "train_loss" in row)
     run.model.train()
     state.in_training = True
     with catching_signals(run):
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
-            meter.evaluate(eval_loader, loss_fn, compute_metrics, scheduled=False)
-        while state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps and not control.should_training_stop:
+            meter.evaluate(evaluation, scheduled=False)
+        # an epoch whose end was still to be handled is entered again, even if no window of it is left
+        while state.epoch_open or (state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps
+                                   and not control.should_training_stop):
+            state.epoch_open = True
             callbacks.fire("on_epoch_begin", run)
-            steps_before, resumed_at = state.global_step, state.samples_seen
+            began_at, samples_before = state.samples_seen, state.total_samples
             batches = train_loader.epoch(state.epochs_done, start=state.samples_seen)
-            while window := list(islice(batches, args.gradient_accumulation_steps)):   # the last one may be shorter
-                callbacks.fire("on_step_begin", run)
+            while state.global_step < state.max_steps and (window := list(islice(batches, args.gradient_accumulation_steps))):
+                callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
                 with explaining_out_of_memory(args):
                     update = train_step(run, window, loss_fn)
                 meter.add(update)
@@ -113,19 +118,25 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                 state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / micro_batches_per_epoch(args, train_loader)
                 ask_at_step_end(run)
                 callbacks.fire("on_step_end", run)
-                log_evaluate_save(run, meter, eval_loader, loss_fn, compute_metrics)
+                log_evaluate_save(run, meter, evaluation)
                 if control.stop_signal:
                     stop_for_signal(run, meter)
                 if control.should_epoch_stop or control.should_training_stop:
                     break
-            if state.global_step == steps_before and not resumed_at:
-                print("warning: an epoch without a single sample; training stops", file=sys.stderr)
+            if began_at == 0 and state.total_samples == samples_before:
+                if state.total_samples == 0:
+                    raise UsageError("the training data is empty: its first pass gave no sample")
+                print("warning: the training data gave nothing in another pass over it; training stops", file=sys.stderr)
                 control.should_training_stop = True
-            if control.should_epoch_stop or not control.should_training_stop or train_loader.is_end(state.samples_seen):
+            ended = train_loader.is_end(state.samples_seen) or not control.should_training_stop and state.global_step < state.max_steps
+            if ended or control.should_epoch_stop:
                 state.epochs_done, state.samples_seen = state.epochs_done + 1, 0
+            state.epoch_open = False
             ask_at_epoch_end(run)
             callbacks.fire("on_epoch_end", run)
-            log_evaluate_save(run, meter, eval_loader, loss_fn, compute_metrics)
+            log_evaluate_save(run, meter, evaluation)
+            if control.stop_signal:
+                stop_for_signal(run, meter)
         if args.save_strategy != "no":
             meter.save_once()
         metrics = meter.final_metrics()
@@ -135,13 +146,13 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     return metrics
 
 
-def log_evaluate_save(run: Run, meter: Meter, eval_loader, loss_fn: LossFn, compute_metrics) -> None:
-    """Obeys what was asked for, in the order log, evaluate, save."""
+def log_evaluate_save(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
+    """Obeys what was asked for, in the order log, evaluate, save. What was logged at this update is not logged again."""
     control = run.callbacks.control
-    if control.should_log:
+    if control.should_log and run.state.last_logged_step < run.state.global_step:
         run.callbacks.log(run, meter.row())
     if control.should_evaluate:
-        meter.evaluate(eval_loader, loss_fn, compute_metrics)
+        meter.evaluate(evaluation)
     if control.should_save:
         meter.save()
 
@@ -158,7 +169,7 @@ def ask_at_step_end(run: Run) -> None:
         control.should_save = True
     if step >= state.max_steps:
         control.should_training_stop = True
-        control.should_evaluate |= args.eval_strategy == "steps"
+        control.should_evaluate |= args.eval_strategy == "steps" and step >= args.eval_delay
         control.should_save |= args.save_strategy == "steps"
 
 
@@ -223,12 +234,13 @@ class Meter:
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
         losses.clear()
+        state.last_logged_step = state.global_step
         self.restart_clock()
         return row
 
-    def evaluate(self, eval_loader, loss_fn: LossFn, compute_metrics, scheduled: bool = True) -> None:
+    def evaluate(self, evaluation: Callable[[], dict], scheduled: bool = True) -> None:
         with self.paused():
-            metrics = evaluate(self.run, eval_loader, loss_fn, compute_metrics)
+            metrics = evaluation()
         if scheduled and isinstance(self.run.schedule, Plateau):
             self.run.schedule.observe(metrics["eval_loss"])
 
@@ -248,9 +260,10 @@ class Meter:
         self.collect()
         state, seconds = self.run.state, time.perf_counter() - self.began
         with_loss = state.global_step - state.empty_steps - state.nan_steps
+        state.total_flos = state.num_input_tokens_seen * 6.0 * parameters_outside_embeddings(self.run.model)
         return {"train_runtime": seconds, "train_samples_per_second": (state.total_samples - self.first_sample) / seconds,
                 "train_steps_per_second": (state.global_step - self.first_step) / seconds,
-                "total_flos": state.num_input_tokens_seen * 6.0 * parameters_outside_embeddings(self.run.model),
+                "total_flos": state.total_flos,
                 "train_loss": state.total_loss / max(with_loss, 1)}
 
 
@@ -297,16 +310,22 @@ def plan(args, state: TrainState, loader) -> None:
     A resumed run may have another batch geometry: then the updates still to do are counted in the new one, from the
     sample where the old one stopped.
     """
+    samples_per_update = loader.round_size * args.gradient_accumulation_steps
     if loader.num_samples is None:
+        if args.max_steps < 1:
+            raise UsageError("--max_steps is needed for a stream: it has no length to count epochs by")
         state.max_steps, state.num_train_epochs = args.max_steps, sys.maxsize
     else:
         steps_per_epoch = windows(args, len(loader))
         left = windows(args, loader.rounds(loader.num_samples - state.samples_seen)) if state.samples_seen else steps_per_epoch
-        position = (state.epochs_done + 1) * steps_per_epoch - left    # updates this geometry would have taken to get here
+        position = state.global_step
+        if state.samples_per_update != samples_per_update:             # updates this geometry would have taken to get here
+            position = (state.epochs_done + 1) * steps_per_epoch - left
         end = math.ceil(args.num_train_epochs * steps_per_epoch)
         state.max_steps = args.max_steps if args.max_steps > 0 else state.global_step + max(0, end - position)
         state.num_train_epochs = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else \
             math.ceil((position + state.max_steps - state.global_step) / steps_per_epoch)
+    state.samples_per_update = samples_per_update
     state.train_batch_size = args.per_device_train_batch_size
     for name, value in (("logging_steps", args.logging_steps), ("save_steps", args.save_steps),
                         ("eval_steps", args.logging_steps if args.eval_steps is None else args.eval_steps)):
@@ -332,6 +351,7 @@ def catching_signals(run: Run) -> Iterator[None]:
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def catch(number, frame):
+        os.write(2, b"\nstopping after this update; once more stops at once, without saving\n")     # print is not safe in a handler
         run.callbacks.caught_signal = number
         for each, handler in previous.items():
             signal.signal(each, handler)

@@ -66,7 +66,9 @@ class TrainState:
     recent_skipped_steps: int = 0
     last_nonfinite: int = -1        # global_step after the last update that was not finite, and how many came in a row
     nonfinite_in_a_row: int = 0
-    best_metric: float | None = None
+    last_logged_step: int = 0
+    samples_per_update: int = 0     # batch geometry: of all ranks, over one window
+    epoch_open: bool = False        # a pass has begun whose end has not been handled yet
     log_bytes: int = 0              # length of metrics.jsonl, which is the history; resume truncates to it
 
     max_steps: int = runtime(0)
@@ -78,7 +80,8 @@ class TrainState:
     is_local_process_zero: bool = runtime(True)
     is_world_process_zero: bool = runtime(True)
     log_path: str = runtime("")
-    in_training: bool = runtime(False)
+    in_training: bool = runtime(False)       # train() is at work
+    finished: bool = runtime(False)         # nothing was left to do when this start found the run
 
     def to_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if "runtime" not in f.metadata}
@@ -89,7 +92,7 @@ class TrainState:
         if not os.path.exists(self.log_path):
             return []
         with open(self.log_path) as file:
-            return [json.loads(line) for line in file]
+            return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 @dataclass

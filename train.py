@@ -16,7 +16,7 @@ from checkpoint import find_checkpoint, load_checkpoint, load_state
 from collators import default_collator
 from data import Loader, build_data
 from distributed import World, open_world, parallelize, set_seed, unwrap
-from loop import micro_batches_per_epoch, plan, train
+from loop import plan, train, windows
 from loss import compute_loss
 from model import build_model, generate
 from optim import EMA, build_optimizer
@@ -28,28 +28,29 @@ from state import Run, UsageError
 def main(argv: list[str] | None = None) -> Run:
     args = parse_args(argv)                                   # args.py        one flat dataclass
     with open_world(args) as world:                           # distributed.py one process is not a special case
+        checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data
         model = build_model(args)                             # model.py       <- your model
-        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval)
+        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, checkpoint=checkpoint)
         print_summary(run, train_loader, eval_loader, data.about)
-        if run.state.global_step >= run.state.max_steps:
+        if run.state.finished:
             print0(world, f"{args.output_dir} is finished: {run.state.global_step} of {run.state.max_steps} updates are done. "
                           f"To go on, raise --max_steps or --num_train_epochs; to start another run, give a new --output_dir.")
         train(run, train_loader, eval_loader, compute_loss)   # loop.py, loss.py <- your loss
-        print_sample(run)
+        print_sample(run, data.train)
     return run
 
 
 def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, eval_set=None, collate=default_collator,
-             callbacks=()) -> tuple[Run, Loader, Loader | None]:
+             callbacks=(), checkpoint: str | None = None) -> tuple[Run, Loader, Loader | None]:
     """Puts a run together from any model and data sets, and resumes it if --resume_from_checkpoint says so.
 
     train_set, eval_set: map-style or iterable. collate: list of samples -> batch of tensors with num_items.
-    callbacks: called after the progress bar, in this order. Returns the run and the loaders for train, evaluate, predict.
+    callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said already. Returns the run and the loaders for train, evaluate, predict.
     """
     check_args(args)
-    checkpoint = find_checkpoint(args, world)
+    checkpoint = checkpoint or find_checkpoint(args, world)
     vocab_size = getattr(model, "vocab_size", None)
     seed = args.seed if args.data_seed is None else args.data_seed
     train_loader = Loader(train_set, collate, args.per_device_train_batch_size, world.rank, world.world_size, seed,
@@ -75,6 +76,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)                      # checkpoint.py  random generators and data position too
+    run.callbacks.open_log(run)
     run.callbacks.fire("on_init_end", run)
     return run, train_loader, eval_loader
 
@@ -88,28 +90,29 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
     args, state, world = run.args, run.state, run.world
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    epochs = state.max_steps * accumulation / micro_batches_per_epoch(args, train_loader)
+    epochs = "" if train_loader.num_samples is None else f" ({state.max_steps / windows(args, len(train_loader)):.3g} epochs)"
 
     def count(loader: Loader | None) -> str:
         return "none" if loader is None else "unknown, a stream" if loader.num_samples is None else f"{loader.num_samples:,}"
     print0(world, f"data: {about}\n"
            f"samples: {count(train_loader)} of {args.block_size} tokens, held out: {count(eval_loader)}\n"
-           f"updates: {state.max_steps:,} ({epochs:.3g} epochs), each of {micro * accumulation * world.world_size:,} samples = "
+           f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.world_size:,} samples = "
            f"micro-batch {micro} x accumulation {accumulation} x ranks {world.world_size}\n"
            f"model: {parameters:,} trainable parameters on {world.device}, "
            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} per rank")
 
 
-def print_sample(run: Run) -> None:
-    """A sample of what the model writes from the start of a document (a zero byte), and where everything is."""
+def print_sample(run: Run, train_set) -> None:
+    """A sample of what the model writes after the first byte of the data, and where everything is."""
     args, state, world = run.args, run.state, run.world
+    saved = f"{args.output_dir}/checkpoint-{state.global_step}"
     if args.sample_length and world.is_main:
-        tokens = generate(unwrap(run.model), torch.zeros(1, dtype=torch.long, device=world.device), args.sample_length)
+        first = next(iter(train_set)) if run.args.streaming else train_set[0]
+        tokens = generate(unwrap(run.model), first["input_ids"][:1].to(world.device), args.sample_length)
         text = bytes(t for t in tokens[1:].tolist() if t < 256).decode(errors="replace")
         print(f"--- a sample of {args.sample_length} bytes\n{text}\n---")
-    print0(world, f"saved in {args.output_dir}: metrics.jsonl" +
-           (f", checkpoint-{state.global_step}" if os.path.isdir(f"{args.output_dir}/checkpoint-{state.global_step}") else "") +
-           f"\nto write more: python -m tools.generate {args.output_dir}/checkpoint-{state.global_step} --prompt 'def '")
+    print0(world, f"saved in {args.output_dir}: metrics.jsonl" + (f", checkpoint-{state.global_step}\nto write more: python -m tools.generate "
+                                                                 f"{saved} --prompt 'def '" if os.path.isdir(saved) else ""))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line: HF's names and defaults, and one clear message for everything wrong with it."""
 import argparse
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +27,8 @@ def test_without_flags_the_defaults_are_those_of_the_hf_trainer():
         default = theirs[name].default if theirs[name].default is not dataclasses.MISSING else theirs[name].default_factory()
         if getattr(args, name) != (getattr(default, "value", default)):
             different.add(name)
-    # theirs None means trainer_output; theirs False is worked out from the terminal here
-    assert different <= {"output_dir", "disable_tqdm"}
+    # theirs None means trainer_output, and no activation checkpointing; theirs False is worked out from the terminal here
+    assert different <= {"output_dir", "disable_tqdm", "activation_checkpointing"}
 
 
 def test_values_are_read_by_type():
@@ -102,8 +103,22 @@ def test_all_problems_come_in_one_message():
         assert part in message
 
 
+def test_a_bad_value_hides_no_other_problem_and_makes_no_false_one():
+    message = problems("--per_device_train_batch_size", "0", "--max_steps", "0", "--n_embd", "30", "--streaming")
+    for part in ("per_device_train_batch_size=0", "max_steps=0", "n_embd=30", "--streaming needs --dataset"):
+        assert part in message
+    assert "--streaming needs" not in problems("--streaming", "--dataset", "x", "--max_steps", "foo")
+    assert "eval_steps=0" in problems("--logging_strategy", "no", "--logging_steps", "0", "--eval_strategy", "steps")
+
+
+def test_paths_and_true_are_taken_as_people_write_them_in_python():
+    args = TrainArgs(output_dir=Path("a"), resume_from_checkpoint=True)
+    check_args(args)
+    assert (args.output_dir, args.resume_from_checkpoint) == ("a", "True")
+
+
 def test_arguments_made_in_python_are_checked_alike():
-    with pytest.raises(UsageError, match=r"(?s)max_steps=2.5.*optim='adam'"):
+    with pytest.raises(UsageError, match=r"(?s)max_steps=2.5.*optim='adam'.*"):
         check_args(TrainArgs(optim="adam", max_steps=2.5))
 
 

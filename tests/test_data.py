@@ -124,6 +124,10 @@ def test_globs_lists_folders_and_eval_files(cache):
     assert bytes(data.eval.tokens[:data.eval.num_tokens].tolist()).decode() == "".join(WORDS[200:300])
     both = data_of(f"{cache}/part0.txt,{cache}/part1.txt", eval_dataset=str(cache / "part2.txt"))
     assert both.digest == data.digest
+    texts = cache / "texts"
+    texts.mkdir()
+    (texts / "one.txt").write_text("".join(WORDS))
+    assert data_of(texts).train.num_tokens == len("".join(WORDS))
     folder = cache / "folder"
     folder.mkdir()
     write(folder / "train.jsonl", "jsonl")
@@ -159,6 +163,14 @@ def test_bad_tables_are_clear_errors(cache):
         data_of(cache / "latin.txt")
     with pytest.raises(UsageError, match="no file matches"):
         data_of(cache / "*.nothing")
+
+
+def test_bad_files_of_a_stream_are_clear_errors_too(cache):
+    (cache / "latin.txt").write_bytes(b"some text\n" * 100 + b"caf\xe9\n" * 100)
+    (cache / "broken.jsonl").write_text('{"text": "some text that is long enough"}\n' * 300 + '{"text": \n')
+    for name in ("latin.txt", "broken.jsonl"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            list(data_of(cache / name, streaming=True, max_steps=1).train)
 
 
 def test_an_unknown_name_offline_is_one_clear_error():

@@ -9,6 +9,7 @@ from callbacks import Callback
 from evalloop import evaluate, predict
 from loop import train
 from loss import compute_loss
+from state import UsageError
 from tests.toy import arguments, flat, gpt, rows, run_training, sequences, toy_run
 
 SIZES = (1, 3, 5, 9)
@@ -76,6 +77,52 @@ def test_training_is_bit_identical_with_and_without_evaluation(ranks, tmp_path):
     assert plain[0] == plain[1]
     assert ranks.run(2, trained, tmp_path / "first2", True) == plain
     assert ranks.run(2, trained_evaluating, tmp_path / "evaluated2") == plain
+
+
+def test_metrics_and_modes_of_submodules_do_not_touch_training_either(tmp_path):
+    class Freeze(Callback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.blocks[0].eval()
+
+    def weights_of(name, **changes):
+        args = arguments(tmp_path / name, max_steps=4, **changes)
+        with toy_run(args, model=gpt(dropout=0.3), eval_set=sequences(5), callbacks=[Freeze()]) as (run, loader, eval_loader):
+            train(run, loader, eval_loader, compute_loss, lambda predictions, labels: {"noise": torch.rand(()).item()})
+        return flat(run).tolist()
+    assert weights_of("plain") == weights_of("evaluated", **EVALUATING)
+
+
+class Output:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Wrapped(torch.nn.Module):
+    """A model in the style of transformers: named inputs, an object with .logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.gpt = gpt()
+
+    def forward(self, input_ids):
+        return Output(self.gpt(input_ids))
+
+
+def test_a_model_that_returns_an_object_with_logits_is_evaluated_and_predicted_with(tmp_path):
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    args = arguments(tmp_path, max_steps=1, eval_strategy="steps")
+    with toy_run(args, model=Wrapped(), eval_set=sequences(3)) as (run, loader, eval_loader):
+        train(run, loader, eval_loader, loss, accuracy)
+        assert predict(run, eval_loader).shape == (3, 8, 17)
+    assert "eval_accuracy" in next(row for row in rows(tmp_path) if "eval_loss" in row)
+
+
+def test_evaluating_an_empty_stream_is_an_error(tmp_path):
+    with toy_run(arguments(tmp_path), eval_set=filter(None, [])) as (run, _, loader):
+        for call in (lambda: evaluate(run, loader, compute_loss), lambda: predict(run, loader)):
+            with pytest.raises(UsageError, match="is empty"):
+                call()
 
 
 def trained_evaluating(output_dir):

@@ -14,6 +14,7 @@ import torch
 from callbacks import Callback
 from checkpoint import list_checkpoints
 from distributed import rng_state
+from evalloop import evaluate
 from loop import train
 from loss import compute_loss
 from state import UsageError
@@ -35,8 +36,10 @@ def finish(output_dir, resume=None, **changes):
 
 
 def cut(whole, output_dir, step) -> None:
-    """The folder as a kill after update `step` would have left it, with a torn row that a resume must not keep."""
+    """The folder as a kill after update `step` would have left it, with rows of later updates and a torn one at the end."""
     shutil.copytree(whole, output_dir)
+    log = Path(output_dir) / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().rpartition(b'{"train_runtime"')[0] + b'{"loss": 1.')
     for later in list_checkpoints(output_dir):
         if later > step:
             shutil.rmtree(Path(output_dir) / f"checkpoint-{later}")
@@ -45,7 +48,7 @@ def cut(whole, output_dir, step) -> None:
 def test_resuming_after_any_update_is_bit_identical(tmp_path):
     whole = finish(tmp_path / "whole")
     assert len(list_checkpoints(tmp_path / "whole")) == 9
-    for step in range(1, 9):
+    for step in range(1, 10):
         cut(tmp_path / "whole", tmp_path / f"{step}", step)
         assert finish(tmp_path / f"{step}", "True") == whole, f"cut after update {step}"
 
@@ -53,7 +56,7 @@ def test_resuming_after_any_update_is_bit_identical(tmp_path):
 @pytest.mark.parametrize("strategy", [{"logging_strategy": "epoch", "eval_strategy": "epoch"}, {"save_strategy": "epoch"}])
 def test_rows_of_an_epochs_end_are_neither_lost_nor_repeated(tmp_path, strategy):
     whole = finish(tmp_path / "whole", **strategy)
-    for step in list_checkpoints(tmp_path / "whole")[1:]:
+    for step in list_checkpoints(tmp_path / "whole"):
         cut(tmp_path / "whole", tmp_path / f"{step}", step)
         assert finish(tmp_path / f"{step}", "auto", **strategy) == whole, f"cut after update {step}"
 
@@ -182,6 +185,56 @@ def test_the_explicit_path_of_another_run_is_continued_in_a_new_folder(tmp_path)
         finish(tmp_path / "other", str(tmp_path / "whole" / "checkpoint-4"))
 
 
+def test_an_older_checkpoint_is_not_continued_among_newer_ones(tmp_path):
+    finish(tmp_path)
+    with pytest.raises(UsageError, match="goes on to checkpoint-9, which would be mixed with the new run"):
+        finish(tmp_path, str(tmp_path / "checkpoint-4"))
+    assert list_checkpoints(tmp_path)[0] == 9
+
+
+def test_a_crash_while_replacing_a_checkpoint_leaves_one_of_the_two(tmp_path):
+    whole = finish(tmp_path, save_total_limit=1)
+    (tmp_path / "checkpoint-9").rename(tmp_path / "replaced-checkpoint-9")
+    (tmp_path / "tmp-checkpoint-9").mkdir()
+    (tmp_path / "tmp-deleted-checkpoint-8").mkdir()
+    again = finish(tmp_path, "True", save_total_limit=1)
+    assert again["weights"] == whole["weights"] and again["rows"] == whole["rows"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "metrics.jsonl"]
+
+
+def test_a_failing_write_is_exit_code_5_and_keeps_the_older_checkpoint(tmp_path):
+    """A limit on file sizes stands for a full disk."""
+    command = f"ulimit -f 60; {sys.executable} {ROOT}/train.py --n_layer 1 --n_embd 16 --block_size 16 --max_steps 3 --save_steps 1 " \
+              f"--sample_length 0 --output_dir {tmp_path}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and "cannot write" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_evaluating_a_resumed_run_before_training_repeats_no_row(tmp_path):
+    whole = finish(tmp_path / "whole")
+    cut(tmp_path / "whole", tmp_path / "part", 4)
+    args = arguments(tmp_path / "part", **{**SETTINGS, "resume_from_checkpoint": "True"})
+    with toy_run(args, model=gpt(dropout=0.2), train_set=sequences(11), eval_set=sequences(3, seed=1)) as (run, loader, eval_loader):
+        evaluate(run, eval_loader, compute_loss)
+        train(run, loader, eval_loader, compute_loss)
+    steps = [row["step"] for row in rows(tmp_path / "part")]
+    assert steps == sorted(steps) and len(steps) == len(whole["rows"]) + 1
+
+
+class StopEpoch(Callback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop |= state.global_step == 2
+
+
+def test_a_short_epoch_does_not_change_the_plan_of_a_resumed_run(tmp_path):
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    whole = run_training(arguments(tmp_path / "whole", **settings), callbacks=[StopEpoch()])
+    cut(tmp_path / "whole", tmp_path / "part", 4)
+    part = run_training(arguments(tmp_path / "part", resume_from_checkpoint="True", **settings), callbacks=[StopEpoch()])
+    assert (flat(part) == flat(whole)).all() and part.state.global_step == whole.state.global_step
+
+
 def test_another_model_is_refused_with_its_differences(tmp_path):
     finish(tmp_path, max_steps=1)
     args = arguments(tmp_path, **{**SETTINGS, "resume_from_checkpoint": "True"})
@@ -227,10 +280,10 @@ class SendSignal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def interrupted(output_dir, step) -> int:
+def interrupted(output_dir, step, number=signal.SIGINT) -> int:
     args = arguments(output_dir, **SETTINGS, resume_from_checkpoint=None)
     with toy_run(args, model=gpt(dropout=0.2), train_set=sequences(11), eval_set=sequences(3, seed=1),
-                 callbacks=[SendSignal(step)]) as (run, loader, eval_loader):
+                 callbacks=[SendSignal(step, number)]) as (run, loader, eval_loader):
         try:
             train(run, loader, eval_loader, compute_loss)
         except SystemExit as stop:
@@ -249,7 +302,7 @@ def test_ctrl_c_finishes_the_update_saves_and_resumes_exactly(tmp_path, capsys):
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_update(ranks, tmp_path):
-    assert ranks.run(2, interrupted, tmp_path / "part", 2) == [130, 130]
+    assert ranks.run(2, interrupted, tmp_path / "part", 2, signal.SIGTERM) == [143, 143]
     whole = ranks.run(2, finish, tmp_path / "whole")
     assert ranks.run(2, finish, tmp_path / "part", "True") == whole
 
@@ -294,15 +347,16 @@ def test_weights_load_with_safetensors_alone(tmp_path):
 
 def test_a_killed_process_leaves_a_run_that_resumes_exactly(tmp_path):
     """Through the command line and SIGKILL, in the middle of training."""
-    command = [sys.executable, str(ROOT / "train.py"), "--n_layer", "1", "--n_embd", "16", "--block_size", "16", "--max_steps", "60",
-               "--logging_steps", "5", "--save_steps", "5", "--sample_length", "0", "--dropout", "0.1"]
+    command = [sys.executable, str(ROOT / "train.py"), "--n_layer", "1", "--n_embd", "16", "--block_size", "16", "--max_steps", "200",
+               "--logging_steps", "5", "--save_steps", "20", "--sample_length", "0", "--dropout", "0.1"]
     subprocess.run([*command, "--output_dir", tmp_path / "whole"], check=True, capture_output=True)
     part = subprocess.Popen([*command, "--output_dir", tmp_path / "part"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list_checkpoints(tmp_path / "part") and part.poll() is None:
-        pass
+    while not list_checkpoints(tmp_path / "part"):
+        os.sched_yield()
+        assert part.poll() is None
     part.kill()
-    part.wait()
+    assert part.wait() == -signal.SIGKILL
     subprocess.run([*command, "--output_dir", tmp_path / "part", "--resume_from_checkpoint", "auto"], check=True, capture_output=True)
     for name in ("model.safetensors", "optimizer.safetensors", "rng-0.json"):
-        assert (tmp_path / "part/checkpoint-60" / name).read_bytes() == (tmp_path / "whole/checkpoint-60" / name).read_bytes()
+        assert (tmp_path / "part/checkpoint-200" / name).read_bytes() == (tmp_path / "whole/checkpoint-200" / name).read_bytes()
     assert [timeless(row) for row in rows(tmp_path / "part")] == [timeless(row) for row in rows(tmp_path / "whole")]

@@ -29,10 +29,11 @@ def main(argv: list[str] | None = None) -> str:
     known = TrainArgs().to_dict().keys()
     model = build_model(TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known}))
     load_model(model, flags.checkpoint)
-    prompt = torch.tensor([0, *os.fsencode(flags.prompt)])
+    prompt = torch.tensor([*os.fsencode(flags.prompt)] or [0])
     if int(prompt.max()) >= model.vocab_size:
         raise UsageError(f"--prompt has byte {int(prompt.max())}; the model knows 0..{model.vocab_size - 1}")
-    tokens = generate(model, prompt, flags.length, flags.temperature, flags.seed)[1:].tolist()
+    tokens = generate(model, prompt, flags.length, flags.temperature, flags.seed)
+    tokens = tokens.tolist() if flags.prompt else tokens[1:].tolist()
     end = tokens.index(0) if 0 in tokens else len(tokens)
     text = bytes(t for t in tokens[:end] if t < 256).decode(errors="replace")
     print(text)

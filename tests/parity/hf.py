@@ -1,14 +1,11 @@
 """The same tiny transformers model trained by the HF Trainer and here: the same data, flags and random numbers."""
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from tests.toy import run_training
 from args import TrainArgs
+from tests.toy import run_training
 
 SAMPLES, MICRO_BATCH = 13, 2     # the last micro-batch and the last window are short
 
