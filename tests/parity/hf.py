@@ -2,10 +2,21 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from args import TrainArgs
-from tests.toy import run_training
+from loss import cross_entropy
+from tests.toy import rows, run_training
 
 SAMPLES, MICRO_BATCH = 13, 2     # the last micro-batch and the last window are short
 
@@ -14,6 +25,11 @@ def model() -> LlamaForCausalLM:
     set_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                                         max_position_embeddings=16, attention_dropout=0.1, attn_implementation="eager"))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    set_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
 
 
 def samples() -> list[dict]:
@@ -41,7 +57,6 @@ def summed_loss(model, batch):
 
 def smoothed_loss(epsilon: float):
     def loss(model, batch):
-        from loss import cross_entropy
         return cross_entropy(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1],
                              batch["labels"][:, 1:], epsilon)
     return loss
@@ -64,18 +79,18 @@ class Unrounded(TrainerCallback):
         self.rows.append({**logs, "step": state.global_step})
 
 
-def train_there(output_dir, **flags) -> tuple[list[dict], dict]:
+def train_there(output_dir, model=model, data=None, collator=collate, **flags) -> tuple[list[dict], dict]:
     """Rows and final weights of the HF Trainer."""
     seen = Unrounded()
     args = TrainingArguments(output_dir=str(output_dir), use_cpu=True, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
                              per_device_train_batch_size=MICRO_BATCH, dataloader_pin_memory=False, **flags)
-    trainer = OwnGenerator(model=model(), args=args, train_dataset=samples(), data_collator=collate, callbacks=[seen])
+    trainer = OwnGenerator(model=model(), args=args, train_dataset=data or samples(), data_collator=collator, callbacks=[seen])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [row for row in seen.rows if "loss" in row], {k: v.detach() for k, v in trainer.model.named_parameters()}
 
 
-def train_here(output_dir, loss_fn=summed_loss, **flags) -> tuple[list[dict], dict]:
-    from tests.toy import rows
+def train_here(output_dir, loss_fn=summed_loss, model=model, data=None, collator=collate_counted, **flags) -> tuple[list[dict], dict]:
     args = TrainArgs(output_dir=str(output_dir), save_strategy="no", logging_steps=1, per_device_train_batch_size=MICRO_BATCH, **flags)
-    run = run_training(args, loss_fn, model=model(), train_set=samples(), collate=collate_counted)
+    run = run_training(args, loss_fn, model=model(), train_set=data or samples(), collate=collator)
     return [row for row in rows(output_dir) if "loss" in row], {k: v.detach() for k, v in run.model.named_parameters()}
