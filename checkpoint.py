@@ -48,15 +48,16 @@ def save_checkpoint(run: Run) -> str:
         if world.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
+    moments, numbers = optimizer_state(unwrap(run.model), run.optimizer)
     with world.writing(tmp):
         write_json(tmp, f"rng-{world.rank}.json", rng_state())
         if world.is_main:
             write_tensors(tmp, "model.safetensors", model_tensors(unwrap(run.model)))
-            write_tensors(tmp, "optimizer.safetensors", optimizer_tensors(unwrap(run.model), run.optimizer))
+            write_tensors(tmp, "optimizer.safetensors", moments)
             if run.ema is not None:
                 write_tensors(tmp, "ema.safetensors", {name: t.cpu().contiguous() for name, t in run.ema.averages.items()})
             write_json(tmp, "args.json", run.args.to_dict())
-            write_json(tmp, "state.json", {"state": run.state.to_dict(), "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
+            write_json(tmp, "state.json", {"state": run.state.to_dict(), "optimizer": numbers, "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
                                            "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {},
                                            "world_size": world.world_size, "torch": torch.__version__})
     with world.writing(tmp):
@@ -88,11 +89,21 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as "parameter name.state name"; numbers become 0-d tensors."""
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """Optimizer state as "parameter name.state name": tensors, and numbers. What an optimizer keeps elsewhere it gives by
+    `get_extra_state`, as JSON values, under the number "extra"."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {f"{names[id(p)]}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
-            for p, state in optimizer.state.items() for key, value in state.items() if value is not None}
+    tensors, numbers = {}, {"extra": optimizer.get_extra_state() if hasattr(optimizer, "get_extra_state") else None}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[id(p)]}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            elif value is None or isinstance(value, (int, float)):
+                numbers[f"{names[id(p)]}.{key}"] = value
+            else:
+                raise UsageError(f"the optimizer state {key!r} of {names[id(p)]} is a {type(value).__name__}, which only pickle could save: "
+                                 f"use --save_strategy no, or another optimizer", 5)
+    return tensors, numbers
 
 
 def write_tensors(folder: str, name: str, tensors: dict[str, Tensor]) -> None:
@@ -277,8 +288,8 @@ def load_checkpoint(run: Run, path: str) -> None:
     if the tensors are not those of this run's model and optimizer.
     """
     load_model(unwrap(run.model), path)
-    load_optimizer(unwrap(run.model), run.optimizer, path)
     stored = read_json(path, "state.json")
+    load_optimizer(unwrap(run.model), run.optimizer, path, stored["optimizer"])
     run.callbacks.load_states(stored["callbacks"])
     run.precision.load_state_dict(stored["scaler"])
     if isinstance(run.schedule, Plateau):
@@ -325,18 +336,21 @@ def load_averages(ema: EMA, path: str) -> None:
         average.copy_(tensors[name])
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> None:
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: str, numbers: dict) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(os.path.join(path, "optimizer.safetensors")).items():
+    parts: dict[str, dict] = {}
+    extra = numbers.pop("extra")
+    for key, value in {**load_file(os.path.join(path, "optimizer.safetensors")), **numbers}.items():
         name, _, state_name = key.rpartition(".")
-        parts.setdefault(name, {})[state_name] = tensor
+        parts.setdefault(name, {})[state_name] = value
     trained = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     if unknown := sorted(parts.keys() - set(trained)):
         raise UsageError(f"{path}/optimizer.safetensors has state of parameters that this run does not train: {unknown[:10]}", 3)
     packed = optimizer.state_dict()   # its groups hold the flags given now
     packed["state"] = {index: parts[name] for index, name in enumerate(trained) if name in parts}
     optimizer.load_state_dict(packed)
+    if extra is not None:
+        optimizer.set_extra_state(extra)
 
 
 def check_tensors(path: str, name: str, expected: dict, found: dict) -> None:

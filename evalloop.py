@@ -28,7 +28,7 @@ def evaluating(run: Run) -> Iterator[nn.Module]:
     model, optimizer, rng = unwrap(run.model), run.optimizer, rng_state()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    if hasattr(optimizer, "eval"):      # schedule-free optimizers evaluate other weights than they train
+    if hasattr(optimizer, "eval"):
         optimizer.eval()
     if run.ema is not None:
         run.ema.swap()

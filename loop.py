@@ -96,6 +96,8 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     if state.finished:
         return next(row for row in reversed(state.log_history) if "train_loss" in row)
     run.model.train()
+    if hasattr(run.optimizer, "train"):     # schedule-free optimizers evaluate other weights than they train
+        run.optimizer.train()
     state.in_training = True
     with catching_signals(run):
         callbacks.fire("on_train_begin", run)

@@ -25,14 +25,15 @@ from schedules import build_schedule
 from state import Run, UsageError
 
 
-def main(argv: list[str] | None = None) -> Run:
+def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
     args = parse_args(argv)                                   # args.py        one flat dataclass
     with open_world(args) as world:                           # distributed.py one process is not a special case
         checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data
         model = build_model(args)                             # model.py       <- your model
-        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, checkpoint=checkpoint)
+        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, checkpoint=checkpoint,
+                                                  make_optimizer=make_optimizer)
         print_summary(run, train_loader, eval_loader, data.about)
         if run.state.finished:
             print0(world, f"{args.output_dir} is finished: {run.state.global_step} of {run.state.max_steps} updates are done. "
@@ -43,11 +44,12 @@ def main(argv: list[str] | None = None) -> Run:
 
 
 def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, eval_set=None, collate=default_collator,
-             callbacks=(), checkpoint: str | None = None) -> tuple[Run, Loader, Loader | None]:
+             callbacks=(), checkpoint: str | None = None, make_optimizer=build_optimizer) -> tuple[Run, Loader, Loader | None]:
     """Puts a run together from any model and data sets, and resumes it if --resume_from_checkpoint says so.
 
     train_set, eval_set: map-style or iterable. collate: list of samples -> batch of tensors with num_items.
-    callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said already. Returns the run and the loaders for train, evaluate, predict.
+    callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said already.
+    make_optimizer: (bare model, args) -> optimizer. Returns the run and the loaders for train, evaluate, predict.
     """
     check_args(args)
     checkpoint = checkpoint or find_checkpoint(args, world)
@@ -69,7 +71,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     precision.check_model(model)
     adapt(model, args)                                        # adapters.py    before wrapping
     model = parallelize(model, world)                         # distributed.py <- your parallelism
-    optimizer = build_optimizer(unwrap(model), args)          # optim.py       <- your optimizer; after wrapping
+    optimizer = make_optimizer(unwrap(model), args)           # optim.py       <- your optimizer; after wrapping
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
     run = Run(args, world, model, optimizer, schedule, precision, state, Callbacks([*progress, *callbacks]),
               None if args.ema_decay is None else EMA(unwrap(model), args.ema_decay))
@@ -115,9 +117,14 @@ def print_sample(run: Run, train_set) -> None:
                                                                  f"{saved} --prompt 'def '" if os.path.isdir(saved) else ""))
 
 
-if __name__ == "__main__":
+def run_main(function, *args) -> None:
+    """Calls a program's main function; a user's mistake becomes one message and its exit code, without a traceback."""
     try:
-        main()
+        function(*args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,39 @@
+"""The recipes run for real, with the packages they are about."""
+import pytest
+
+from recipes.optimizers import OPTIMIZERS, run
+from state import UsageError
+from tests.toy import rows
+
+SMALL = ["--n_layer", "2", "--n_embd", "64", "--block_size", "32", "--logging_steps", "10", "--sample_length", "0", "--dropout", "0.1"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_the_recipe_lowers_the_loss(tmp_path, name):
+    pytest.importorskip({"adamw_8bit": "bitsandbytes", "schedule_free": "schedulefree", "galore": "galore_torch", "apollo": "apollo_torch"}[name])
+    run([name, *SMALL, "--output_dir", str(tmp_path), "--max_steps", "60", "--learning_rate", "3e-3", "--save_strategy", "no"])
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert losses[-1] < min(losses[0] - 0.3, 3.4)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "schedule_free"])
+def test_they_resume_bit_for_bit(tmp_path, name):
+    pytest.importorskip({"adamw_8bit": "bitsandbytes", "schedule_free": "schedulefree"}[name])
+    command = [name, *SMALL, "--max_steps", "6", "--save_steps", "3", "--lr_scheduler_type", "constant", "--learning_rate", "1e-3"]
+    run([*command, "--output_dir", str(tmp_path / "whole")])
+    run([*command, "--output_dir", str(tmp_path / "part"), "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-3")])
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "part/checkpoint-6" / file).read_bytes() == (tmp_path / "whole/checkpoint-6" / file).read_bytes()
+
+
+def test_optimizers_that_cannot_be_saved_say_so_before_training(tmp_path):
+    pytest.importorskip("galore_torch")
+    with pytest.raises(UsageError, match="--save_strategy no"):
+        run(["galore", *SMALL, "--output_dir", str(tmp_path), "--max_steps", "2"])
+
+
+def test_help_and_wrong_names_need_no_package(capsys):
+    run(["--help"])
+    assert "schedule_free" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="expected one of adamw_8bit"):
+        run(["adam"])
