@@ -1,25 +1,30 @@
 # make train: set up and run the default job.   make test: set up and run the tests.
+# make parity: every combination of flags against the HF Trainer.   make bench: overhead and a table of losses.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: train test lint bench clean
+.PHONY: train test parity lint bench clean
 
 # the default job: a byte-level GPT on the source of Python's standard library, about two minutes on two CPU cores
 train: $(VENV)/train.done
 	$(RUN) train.py --output_dir runs/default --resume_from_checkpoint auto \
-	  --per_device_train_batch_size 16 --max_steps 800 --learning_rate 4e-3 --warmup_steps 40 \
-	  --weight_decay 0.1 --adam_beta2 0.95 --logging_steps 20 --eval_strategy steps --eval_steps 400 \
+	  --per_device_train_batch_size 16 --max_steps 600 --optim muon --learning_rate 8e-3 --warmup_steps 40 \
+	  --weight_decay 0.1 --adam_beta2 0.95 --logging_steps 20 --eval_strategy steps --eval_steps 600 \
 	  --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 2
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1 $(RUN) -m pytest $(TESTS)
+
+parity: $(VENV)/test.done
+	PARITY=full OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/parity
 
 lint: $(VENV)/test.done
 	$(RUN) -m ruff check .
 
 bench: $(VENV)/test.done
 	$(RUN) -m bench.overhead
+	$(RUN) -m bench.numbers
 
 clean:
 	rm -rf runs .venv

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import typing
 from dataclasses import dataclass
@@ -119,16 +120,16 @@ class TrainArgs:
 
 REMOVED = {   # flags people may bring along from the HF Trainer, and what to use here instead
     "overwrite_output_dir": "use a new --output_dir, or --resume_from_checkpoint True", "logging_dir": "logs are in --output_dir",
-    "evaluation_strategy": "use --eval_strategy", "no_cuda": "use --use_cpu", "use_mps_device": "the device is found by itself",
+    "evaluation_strategy": "use --eval_strategy", "no_cuda": "use --use_cpu", "use_mps_device": "it has no successor",
     "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "warmup_ratio": "use --warmup_steps with a ratio below 1",
     "per_gpu_train_batch_size": "use --per_device_train_batch_size", "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
     "save_safetensors": "checkpoints are always safetensors", "jit_mode_eval": "it has no successor", "past_index": "it has no successor",
     "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "local_rank": "torchrun sets it in the environment",
     "average_tokens_across_devices": "the loss is always averaged over the items of all ranks",
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
-    "deepspeed": "sharding is written out in distributed.py", "fsdp": "sharding is written out in distributed.py",
-    "fsdp_config": "sharding is written out in distributed.py", "fsdp_min_num_params": "sharding is written out in distributed.py",
-    "fsdp_transformer_layer_cls_to_wrap": "sharding is written out in distributed.py",
+    "deepspeed": "training is data-parallel; what ranks do is in distributed.py", "fsdp": "training is data-parallel; what ranks do is in distributed.py",
+    "fsdp_config": "training is data-parallel; what ranks do is in distributed.py", "fsdp_min_num_params": "training is data-parallel; what ranks do is in distributed.py",
+    "fsdp_transformer_layer_cls_to_wrap": "training is data-parallel; what ranks do is in distributed.py",
     "push_to_hub_token": "log in with huggingface_hub", "include_inputs_for_metrics": "compute_metrics is a function of yours",
     "include_tokens_per_second": "tokens_per_second is in every log", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
     "mp_parameters": "it has no successor", "use_ipex": "it has no successor", "tpu_num_cores": "there is no TPU support",
@@ -138,7 +139,7 @@ REMOVED = {   # flags people may bring along from the HF Trainer, and what to us
     "accelerator_config": "batch sizes are per rank; see data.py", "parallelism_config": "parallelism is in distributed.py",
     "do_train": "train.py always trains", "gradient_checkpointing": "use --activation_checkpointing", "epochs": "use --num_train_epochs",
     "batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate", "train_batch_size": "use --per_device_train_batch_size",
-    "eval_batch_size": "use --per_device_eval_batch_size", "resume": "use --resume_from_checkpoint", "data": "use --dataset",
+    "eval_batch_size": "use --per_device_eval_batch_size", "dataloader_num_workers": "data is read in the training process", "resume": "use --resume_from_checkpoint", "data": "use --dataset",
 }
 
 
@@ -226,7 +227,7 @@ def convert(text: str, hint):
             raise ValueError("expected a JSON object, as '{\"num_cycles\": 2}'")
         return value
     try:
-        return int(text) if kind == "INT" else float(text)
+        return int(text) if kind == "INT" or re.fullmatch(r"[-+]?\d+", text) else float(text)
     except ValueError:
         raise ValueError("expected a whole number" if kind == "INT" else "expected a number") from None
 

@@ -260,7 +260,7 @@ def find_damage(path: str) -> str | None:
         if name not in found or name not in expected:
             return f"{name} is {'missing' if name not in found else 'not in its manifest'}"
         if found[name] != expected[name]:
-            return f"{name} is not what was saved: {found[name]['bytes']} bytes, expected {expected[name]}"
+            return f"{name} is not what was saved: {found[name]['bytes']:,} bytes, sha256 {found[name]['sha256'][:16]}..., not as in its manifest"
     return None
 
 

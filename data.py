@@ -301,16 +301,14 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".pa
 
 
 def read_rows(name: str, args: TrainArgs):
-    """Rows of files, of a folder or of a named data set, through `datasets.load_dataset`."""
-    files = find_files(name)
+    """Rows of files or of a named data set, through `datasets.load_dataset`. With --dataset_config_name a folder is a data set."""
+    files = None if args.dataset_config_name is not None and os.path.isdir(name) else find_files(name)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import datasets  # 0.6 s and 250 MB, so only where it is asked for
     kwargs: dict[str, Any] = {"split": "train", "streaming": args.streaming}
     if files is None:
         path = name
         kwargs["name"] = args.dataset_config_name
-        if glob.glob(os.path.join(glob.escape(name), "**", "*.txt"), recursive=True):
-            kwargs["keep_linebreaks"] = True
     else:
         kinds = {FORMATS.get(os.path.splitext(f)[1].lower(), "text") for f in files}
         if len(kinds) > 1:
@@ -334,13 +332,13 @@ def read_rows(name: str, args: TrainArgs):
 
 
 def find_files(name: str) -> list[str] | None:
-    """The files that a comma-separated list of paths and globs names; None if it is a folder or the name of a data set."""
-    if os.path.isdir(name):
-        return None
+    """The files that a comma-separated list of paths, folders and globs names; None if it is the name of a data set."""
     files = []
     for part in name.split(","):
         part = os.path.expanduser(part)
-        found = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+        if os.path.isdir(part):
+            part = os.path.join(glob.escape(part), "**")
+        found = [f for f in sorted(glob.glob(part, recursive=True)) if os.path.isfile(f)] if glob.has_magic(part) else [part]
         files += found
         if not found:
             raise UsageError(f"{part}: no file matches")

@@ -5,6 +5,7 @@ One process has no process group; every function here then does nothing but retu
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import random
@@ -83,6 +84,7 @@ class World:
 
 
 kept_group: list = []   # the process group closed last; see open_world
+atexit.register(kept_group.clear)   # while Python still runs: a group that is left over can abort the process
 opened: Counter[str] = Counter()   # worlds opened by this process, by the address they met at
 
 

@@ -116,7 +116,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                     update = train_step(run, window, loss_fn)
                 meter.add(update)
                 if update is not None and not run.precision.was_finite(update.finite):
-                    handle_nonfinite(run, update)
+                    handle_nonfinite(run, update, meter)
                 state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / micro_batches_per_epoch(args, train_loader)
                 ask_at_step_end(run)
                 callbacks.fire("on_step_end", run)
@@ -269,9 +269,9 @@ class Meter:
                 "train_loss": state.total_loss / max(with_loss, 1)}
 
 
-def handle_nonfinite(run: Run, update: Update) -> None:
-    """An update with a NaN or infinite loss or gradient, which was not applied: counts it, and stops all ranks if
-    --on_nonfinite says stop or there were more than --max_nonfinite in a row. Nothing is saved."""
+def handle_nonfinite(run: Run, update: Update, meter: Meter) -> None:
+    """An update with a NaN or infinite loss or gradient, which was not applied: counts it, and logs it and stops all ranks
+    if --on_nonfinite says stop or there were more than --max_nonfinite in a row. Nothing is saved."""
     args, state = run.args, run.state
     state.nan_steps += 1
     in_a_row = state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if state.global_step == state.last_nonfinite + 1 else 1
@@ -281,6 +281,7 @@ def handle_nonfinite(run: Run, update: Update) -> None:
     ranks = [rank for rank, share in enumerate(run.world.gather(update.share).tolist()) if not math.isfinite(share)]
     where = f"the loss of rank {ranks[0]}" if ranks else "the gradient norm"
     newest = list_checkpoints(args.output_dir)
+    run.callbacks.log(run, meter.row())
     raise UsageError(f"update {state.global_step}: {where} is not finite" + (f", {in_a_row} times in a row" if in_a_row > 1 else "")
                      + f"; it was not applied. Last good checkpoint: {f'checkpoint-{newest[0]}' if newest else 'none'}. Try a lower "
                      f"--learning_rate, more --warmup_steps, --max_grad_norm 1, or --on_nonfinite skip to leave such updates out", 4)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from args import TrainArgs
 from loss import head_cross_entropy
+from state import UsageError
 
 
 class Attention(nn.Module):
@@ -111,6 +112,8 @@ def generate(model: GPT, prompt: Tensor, length: int, temperature: float = 0.8, 
     tokens = prompt
     for _ in range(length):
         logits = model(tokens[None, -model.block_size:])[0, -1].float()                     # (V,)
+        if not torch.isfinite(logits).all():
+            raise UsageError("the model cannot write: its outputs are not finite, so its training has diverged")
         if temperature == 0:
             token = logits.argmax(keepdim=True)
         else:

@@ -27,7 +27,8 @@ LossFn = Callable[["torch.nn.Module", Batch], "torch.Tensor"]   # (model, micro-
 class UsageError(ValueError):
     """A mistake of the user's, told in one message without a traceback.
 
-    exit_code: 2 wrong arguments or data, 3 no usable checkpoint, 5 output_dir cannot be written.
+    exit_code: 1 another rank failed or memory ran out, 2 wrong arguments or data, 3 no usable checkpoint, 4 an update is not
+    finite, 5 output_dir cannot be written.
     """
 
     def __init__(self, message: str, exit_code: int = 2):

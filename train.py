@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
                                                   make_optimizer=make_optimizer)
         print_summary(run, train_loader, eval_loader, data.about)
         if run.state.finished:
-            print0(world, f"{args.output_dir} is finished: {run.state.global_step} of {run.state.max_steps} updates are done. "
+            print0(world, f"{args.output_dir} is finished: {run.state.global_step} updates are done, and {run.state.max_steps} were asked for. "
                           f"To go on, raise --max_steps or --num_train_epochs; to start another run, give a new --output_dir.")
         train(run, train_loader, eval_loader, compute_loss)   # loop.py, loss.py <- your loss
         print_sample(run, data.train)
@@ -110,8 +110,11 @@ def print_sample(run: Run, train_set) -> None:
     saved = f"{args.output_dir}/checkpoint-{state.global_step}"
     if args.sample_length and world.is_main:
         first = next(iter(train_set)) if run.args.streaming else train_set[0]
-        tokens = generate(unwrap(run.model), first["input_ids"][:1].to(world.device), args.sample_length)
-        text = bytes(t for t in tokens[1:].tolist() if t < 256).decode(errors="replace")
+        try:
+            tokens = generate(unwrap(run.model), first["input_ids"][:1].to(world.device), args.sample_length)
+            text = bytes(t for t in tokens[1:].tolist() if t < 256).decode(errors="replace")
+        except UsageError as error:     # the run has ended well all the same
+            text = str(error)
         print(f"--- a sample of {args.sample_length} bytes\n{text}\n---")
     print0(world, f"saved in {args.output_dir}: metrics.jsonl" + (f", checkpoint-{state.global_step}\nto write more: python -m tools.generate "
                                                                  f"{saved} --prompt 'def '" if os.path.isdir(saved) else ""))

@@ -37,7 +37,7 @@ def test_run_twice_it_says_that_it_is_finished_and_how_to_start_another(tmp_path
     capsys.readouterr()
     main(command)
     out = capsys.readouterr().out
-    assert "is finished: 4 of 4 updates" in out and "give a new --output_dir" in out
+    assert "is finished: 4 updates are done, and 4 were asked for" in out and "give a new --output_dir" in out
     assert len(rows(tmp_path)) == 3
 
 
@@ -85,7 +85,7 @@ def test_a_mistake_ends_all_ranks_with_one_message_each(tmp_path):
     done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *TINY, "--output_dir", tmp_path,
                       "--resume_from_checkpoint", "True")
     assert done.returncode == 1 and "no checkpoint in" in done.stderr
-    assert f'File "{ROOT}' not in done.stderr       # torchrun shows a traceback, of its own
+    assert f'File "{ROOT}/train.py' not in done.stderr       # torchrun shows a traceback, of its own
 
 
 def test_generate_writes_with_a_saved_model(tmp_path, capsys):
@@ -119,3 +119,10 @@ def test_held_out_data_that_does_not_exist_is_an_error_only_where_it_is_needed(t
     assert build_data(TrainArgs(dataset=str(tmp_path / "one.txt"), block_size=16)).eval is None
     with pytest.raises(ValueError, match="--eval_dataset"):
         build_data(TrainArgs(dataset=str(tmp_path / "one.txt"), block_size=16, eval_strategy="steps"))
+
+
+def test_a_model_that_has_diverged_is_said_to_have_and_the_run_still_ends_well(tmp_path, capsys):
+    main([*TINY, "--output_dir", str(tmp_path), "--max_steps", "8", "--learning_rate", "1e6", "--optim", "sgd", "--max_grad_norm", "0",
+          "--lr_scheduler_type", "constant", "--on_nonfinite", "skip"])
+    out = capsys.readouterr().out
+    assert "its training has diverged" in out and f"saved in {tmp_path}" in out

@@ -199,7 +199,7 @@ def test_an_update_that_is_not_finite_is_not_applied_and_stops_the_run(tmp_path,
     said = r"update 10: .* is not finite; it was not applied. Last good checkpoint: checkpoint-9"
     with pytest.raises(UsageError, match=said) as error:
         run_training(args, poisoned(7, what), model=model, train_set=Numbers(10))        # sample 7 is the last of the order
-    assert error.value.exit_code == 4
+    assert error.value.exit_code == 4 and rows(tmp_path)[-1]["nan_steps"] == 1
     assert torch.isfinite(model.weight).all() and list_checkpoints(tmp_path)[0] == 9
 
 
