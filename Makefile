@@ -24,6 +24,7 @@ lint: $(VENV)/test.done
 
 bench: $(VENV)/test.done
 	$(RUN) -m bench.overhead
+	$(RUN) -m bench.memory
 	$(RUN) -m bench.numbers
 
 clean:

@@ -13,6 +13,7 @@ from checkpoint import list_checkpoints
 from evalloop import evaluate
 from loop import train
 from loss import compute_loss, cross_entropy, head_cross_entropy
+from model import build_model
 from optim import Adafactor, Lion, build_optimizer, parameter_groups, parse_optim_args
 from precision import Precision
 from schedules import Plateau, build_schedule
@@ -318,6 +319,32 @@ def test_activation_checkpointing_changes_no_bit_even_with_dropout(tmp_path):
         run_training(arguments(tmp_path / name, max_steps=3, activation_checkpointing=value, save_strategy="steps"), model=gpt(dropout=0.2))
     first, second = ((tmp_path / name / "checkpoint-3" / "model.safetensors").read_bytes() for name in ("off", "on"))
     assert first == second
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiling_changes_nothing_but_rounding_and_no_name_in_a_file(ranks, tmp_path, world_size):
+    plain, *_ = ranks.run(world_size, compiled, tmp_path / "plain", False)
+    for names, losses_ in ranks.run(world_size, compiled, tmp_path / "compiled", True):
+        assert names == plain[0] and not any("_orig_mod" in name or "module." in name for name in names)
+        assert losses_ == pytest.approx(plain[1], abs=1e-5)
+
+
+def compiled(output_dir, on):
+    """Names in the checkpoint and losses; graphs are captured, and run by torch's own kernels since C++ takes long to compile."""
+    from safetensors import safe_open
+    extra = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if on else {}
+    args = arguments(output_dir, max_steps=3, save_strategy="steps", **extra)
+    run_training(args, model=gpt(), train_set=sequences(12))
+    with safe_open(output_dir / "checkpoint-3" / "model.safetensors", "pt") as file:
+        return sorted(file.keys()), [row["loss"] for row in rows(output_dir) if "loss" in row]
+
+
+def test_label_smoothing_reaches_the_built_in_model(tmp_path):
+    model = build_model(TrainArgs(label_smoothing_factor=0.1, n_layer=1, n_embd=16, block_size=8, vocab_size=17))
+    batch = {key: torch.stack([s[key] for s in sequences(3)]) for key in ("input_ids", "labels")}
+    expected = cross_entropy(model(batch["input_ids"]), batch["labels"], 0.1)
+    torch.testing.assert_close(compute_loss(model, batch), expected)
+    assert abs(expected - cross_entropy(model(batch["input_ids"]), batch["labels"])) > 0.1
 
 
 def test_ema_is_the_average_it_says_is_evaluated_and_saved(tmp_path):
