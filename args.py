@@ -80,15 +80,15 @@ class TrainArgs:
     neftune_noise_alpha: float | None = arg(None, "noise on the embeddings while training, NEFTune's alpha", 0, 1e6)
     ema_decay: float | None = arg(None, "evaluate and save an average of the weights with this decay too", 0, 0.9999999)
     on_nonfinite: Literal["stop", "skip"] = arg("stop", "what to do about an update with a NaN or infinite loss or gradient;"
-                                                " it is never applied")
+                                                " it is never applied (running statistics of BatchNorm excepted)")
     max_nonfinite: int = arg(10, "with --on_nonfinite skip: stop after this many in a row", 1, 10**9)
 
     # -- precision, memory and speed
     fp16: bool = arg(False, "compute in float16 with a scaled loss")
     bf16: bool = arg(False, "compute in bfloat16")
     tf32: bool | None = arg(None, "multiply float32 matrices in TF32 on NVIDIA GPUs (default: torch's setting)")
-    fp16_full_eval: bool = arg(False, "cast the weights to float16 for evaluation outside training")
-    bf16_full_eval: bool = arg(False, "cast the weights to bfloat16 for evaluation outside training")
+    fp16_full_eval: bool = arg(False, "cast the weights to float16 for evaluations called outside training")
+    bf16_full_eval: bool = arg(False, "cast the weights to bfloat16 for evaluations called outside training")
     activation_checkpointing: bool = arg(False, "keep only each block's input and compute it again in backward")
     torch_compile: bool = arg(False, "compile the model")
     torch_compile_backend: str | None = arg(None, "backend of torch.compile (default: inductor)")

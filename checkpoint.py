@@ -91,9 +91,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
     """Optimizer state as "parameter name.state name": tensors, and numbers. What an optimizer keeps elsewhere it gives by
-    `get_extra_state`, as JSON values, under the number "extra"."""
+    `get_extra_state`, as JSON values, under the number "extra"; "class" is its name."""
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors, numbers = {}, {"extra": optimizer.get_extra_state() if hasattr(optimizer, "get_extra_state") else None}
+    tensors, numbers = {}, {"class": type(optimizer).__name__,
+                            "extra": optimizer.get_extra_state() if hasattr(optimizer, "get_extra_state") else None}
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -339,7 +340,10 @@ def load_averages(ema: EMA, path: str) -> None:
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: str, numbers: dict) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     parts: dict[str, dict] = {}
-    extra = numbers.pop("extra")
+    extra, kind = numbers.pop("extra"), numbers.pop("class")
+    if kind != type(optimizer).__name__:
+        raise UsageError(f"{path} holds the state of {kind}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
+                         f"saved with, or start a new run", 3)
     for key, value in {**load_file(os.path.join(path, "optimizer.safetensors")), **numbers}.items():
         name, _, state_name = key.rpartition(".")
         parts.setdefault(name, {})[state_name] = value
@@ -349,6 +353,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: str
     packed = optimizer.state_dict()   # its groups hold the flags given now
     packed["state"] = {index: parts[name] for index, name in enumerate(trained) if name in parts}
     optimizer.load_state_dict(packed)
+    for group in optimizer.param_groups:      # torch casts states to the dtype of their parameter, which is not always theirs
+        for p in group["params"]:
+            for key, value in parts.get(names[id(p)], {}).items():
+                if isinstance(value, Tensor) and value.dtype != optimizer.state[p][key].dtype:
+                    optimizer.state[p][key] = value.to(optimizer.state[p][key].device)
     if extra is not None:
         optimizer.set_extra_state(extra)
 

@@ -30,14 +30,11 @@ def evaluating(run: Run) -> Iterator[nn.Module]:
     model.eval()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
-    if run.ema is not None:
-        run.ema.swap()
+    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place()
     try:
-        with torch.no_grad(), run.precision.evaluation_weights(model, run.state.in_training):
+        with torch.no_grad(), averaged, run.precision.evaluation_weights(model, run.state.in_training):
             yield model
     finally:
-        if run.ema is not None:
-            run.ema.swap()
         if hasattr(optimizer, "train"):
             optimizer.train()
         for module, training in modes:

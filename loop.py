@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +20,7 @@ from distributed import clip_grads, set_grad_sync
 from evalloop import evaluate, model_outputs, to_device
 from optim import set_lr
 from schedules import Plateau
-from state import Batch, LossFn, Run, TrainState, UsageError
-
-
-class Update(NamedTuple):
-    """What one update left on the device: nothing here has been waited for."""
-
-    loss: Tensor         # () mean over the label items of the window and all ranks
-    share: Tensor        # () this rank's part of it
-    grad_norm: Tensor    # () before clipping
-    finite: Tensor       # () bool: neither loss nor gradient is NaN or infinite
+from state import Batch, LossFn, Run, TrainState, Update, UsageError
 
 
 def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
@@ -64,8 +54,8 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
         loss = world.add(share)
         run.callbacks.fire("on_pre_optimizer_step", run)
         state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
-        finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | precision.scales)   # fp16: the scaler skips overflows
-        if precision.step(run.optimizer, finite):
+        finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | precision.scales)   # fp16: an overflow is no failure
+        if precision.step(run.optimizer, loss, grad_norm):
             run.callbacks.fire("on_optimizer_step", run)
             if run.ema is not None:
                 run.ema.update()
@@ -114,10 +104,10 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                 callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
                 with explaining_out_of_memory(args):
                     update = train_step(run, window, loss_fn)
-                meter.add(update)
-                if update is not None and not run.precision.was_finite(update.finite):
-                    handle_nonfinite(run, update, meter)
                 state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / micro_batches_per_epoch(args, train_loader)
+                meter.add(update)
+                if update is not None:
+                    handle_nonfinite(run, run.precision.find_nonfinite(state.global_step, update), meter)
                 ask_at_step_end(run)
                 callbacks.fire("on_step_end", run)
                 log_evaluate_save(run, meter, evaluation)
@@ -218,7 +208,9 @@ class Meter:
         if self.losses:
             for loss in torch.stack(self.losses).tolist():
                 state.recent_losses.append(loss)
-                state.total_loss += loss if math.isfinite(loss) else 0.0
+                if math.isfinite(loss):
+                    state.total_loss += loss
+                    state.num_losses += 1
             state.grad_norm = float(self.grad_norm)
             self.losses.clear()
 
@@ -248,6 +240,7 @@ class Meter:
 
     def save(self) -> None:
         self.collect()
+        handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)      # before anything is kept
         with self.paused():
             save_checkpoint(self.run)
             self.saved_step = self.run.state.global_step
@@ -260,31 +253,35 @@ class Meter:
 
     def final_metrics(self) -> dict:
         self.collect()
+        handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)
         state, seconds = self.run.state, time.perf_counter() - self.began
-        with_loss = state.global_step - state.empty_steps - state.nan_steps
         state.total_flos = state.num_input_tokens_seen * 6.0 * parameters_outside_embeddings(self.run.model)
         return {"train_runtime": seconds, "train_samples_per_second": (state.total_samples - self.first_sample) / seconds,
                 "train_steps_per_second": (state.global_step - self.first_step) / seconds,
                 "total_flos": state.total_flos,
-                "train_loss": state.total_loss / max(with_loss, 1)}
+                "train_loss": state.total_loss / max(state.num_losses, 1)}
 
 
-def handle_nonfinite(run: Run, update: Update, meter: Meter) -> None:
+def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -> None:
     """An update with a NaN or infinite loss or gradient, which was not applied: counts it, and logs it and stops all ranks
     if --on_nonfinite says stop or there were more than --max_nonfinite in a row. Nothing is saved."""
-    args, state = run.args, run.state
+    if found is None:
+        return
+    args, state, (step, update) = run.args, run.state, found
     state.nan_steps += 1
-    in_a_row = state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if state.global_step == state.last_nonfinite + 1 else 1
-    state.last_nonfinite = state.global_step
-    if args.on_nonfinite == "skip" and in_a_row <= args.max_nonfinite:
+    state.skipped_steps += run.precision.device_skips(run.optimizer)     # the host had taken it for applied
+    state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if step == state.last_nonfinite + 1 else 1
+    state.last_nonfinite = step
+    if args.on_nonfinite == "skip" and state.nonfinite_in_a_row <= args.max_nonfinite:
         return
     ranks = [rank for rank, share in enumerate(run.world.gather(update.share).tolist()) if not math.isfinite(share)]
     where = f"the loss of rank {ranks[0]}" if ranks else "the gradient norm"
+    in_a_row = f", {state.nonfinite_in_a_row} times in a row" if state.nonfinite_in_a_row > 1 else ""
     newest = list_checkpoints(args.output_dir)
     run.callbacks.log(run, meter.row())
-    raise UsageError(f"update {state.global_step}: {where} is not finite" + (f", {in_a_row} times in a row" if in_a_row > 1 else "")
-                     + f"; it was not applied. Last good checkpoint: {f'checkpoint-{newest[0]}' if newest else 'none'}. Try a lower "
-                     f"--learning_rate, more --warmup_steps, --max_grad_norm 1, or --on_nonfinite skip to leave such updates out", 4)
+    raise UsageError(f"update {step}: {where} is not finite{in_a_row}; it was not applied. Last good checkpoint: "
+                     f"{f'checkpoint-{newest[0]}' if newest else 'none'}. Try a lower --learning_rate, more --warmup_steps, "
+                     f"--max_grad_norm 1, or --on_nonfinite skip to leave such updates out", 4)
 
 
 @contextlib.contextmanager
@@ -296,7 +293,8 @@ def explaining_out_of_memory(args) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        halved = f"--per_device_train_batch_size {micro // 2} --gradient_accumulation_steps {accumulation * 2} (the same update), " if micro > 1 else ""
+        same = " (the same update)" if micro % 2 == 0 else ""
+        halved = f"--per_device_train_batch_size {micro // 2} --gradient_accumulation_steps {accumulation * 2}{same}, " if micro > 1 else ""
         raise UsageError(f"out of memory with micro-batches of {micro} samples and accumulation {accumulation}: {error}\n"
                          f"try {halved}--activation_checkpointing, --bf16, or a shorter --block_size", 1) from None
 

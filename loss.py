@@ -6,9 +6,12 @@ micro-batch instead of per item, such as a balance loss, is added times the micr
 """
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from collators import IGNORE
 from state import Batch
@@ -36,36 +39,45 @@ def head_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, label_smoot
     """`cross_entropy` of logits = hidden (..., C) @ head (V, C).T, without ever holding all (..., V) of a large vocabulary."""
     if labels.numel() * len(head) <= CHUNK_ELEMENTS:
         return cross_entropy(F.linear(hidden, head), labels, label_smoothing)
-    return ChunkedCrossEntropy.apply(hidden, head, labels, label_smoothing)
+    return ChunkedCrossEntropy.apply(hidden, head, labels, label_smoothing, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Takes the gradients of each piece of logits while they are there, so that backward only scales them: the work of
-    the plain loss, without its memory (the idea of Hsu et al. 2024, Liger Kernel, section 3.2)."""
+    the plain loss, without its memory (the idea of Hsu et al. 2024, Liger Kernel, section 3.2). The head's gradient is added
+    up in float32 at least. Under fp16 autocast the pieces are float32: the loss scale is not yet in their gradients."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, label_smoothing: float, training: bool) -> Tensor:
+        kind = hidden.device.type
+        fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         rows, targets = hidden.detach().flatten(0, -2), labels.flatten()
-        weight = head.detach().requires_grad_(head.requires_grad)
+        if fp16:
+            rows = rows.float()
+        wants_rows, wants_head = (training and needed for needed in ctx.needs_input_grad[:2])
+        weight = head.detach().requires_grad_(wants_head)
         total = torch.zeros((), device=hidden.device)
-        grad_rows, grad_head = torch.empty_like(rows), torch.zeros_like(head)
+        grad_rows = torch.empty_like(rows) if wants_rows else None
+        grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if wants_head else None
         size = max(1, CHUNK_ELEMENTS // len(head))
         for start in range(0, len(rows), size):
-            piece = rows[start:start + size].requires_grad_(hidden.requires_grad)
+            piece = rows[start:start + size].requires_grad_(wants_rows)
             wanted = [t for t in (piece, weight) if t.requires_grad]
-            with torch.set_grad_enabled(bool(wanted)):
+            with torch.set_grad_enabled(bool(wanted)), torch.autocast(kind, enabled=False) if fp16 else contextlib.nullcontext():
                 loss = cross_entropy(F.linear(piece, weight), targets[start:start + size], label_smoothing)
             grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
-            if hidden.requires_grad:
+            if wants_rows:
                 grad_rows[start:start + size] = grads.pop(0)
-            if head.requires_grad:
+            if wants_head:
                 grad_head += grads.pop(0)
             total = total + loss.detach()
-        ctx.save_for_backward(grad_rows.view_as(hidden), grad_head)
+        ctx.save_for_backward(grad_rows, grad_head)
+        ctx.shape, ctx.dtypes = hidden.shape, (hidden.dtype, head.dtype)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss: Tensor):
-        grad_hidden, grad_head = ctx.saved_tensors
-        return (grad_hidden * grad_loss if ctx.needs_input_grad[0] else None,
-                grad_head * grad_loss if ctx.needs_input_grad[1] else None, None, None)
+        grad_rows, grad_head = ctx.saved_tensors
+        return (None if grad_rows is None else (grad_rows * grad_loss).view(ctx.shape).to(ctx.dtypes[0]),
+                None if grad_head is None else (grad_head * grad_loss).to(ctx.dtypes[1]), None, None, None)

@@ -1,8 +1,10 @@
 """Optimizers and their parameter groups. To use another one, return it from `build_optimizer`."""
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +43,9 @@ def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
         if args.optim == "lion":
             return Lion(groups, **{"lr": lr, "betas": betas, **own})
         return MuonAdamW(model, lr, args.weight_decay, betas, args.adam_epsilon, **own)
-    except TypeError as error:
-        raise UsageError(f"--optim_args {args.optim_args}: {args.optim} does not take that ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, UsageError) else \
+            UsageError(f"--optim_args {args.optim_args}: {args.optim} does not take that ({error})") from None
 
 
 def parse_optim_args(text: str | None) -> dict:
@@ -59,7 +62,7 @@ def parse_optim_args(text: str | None) -> dict:
         elif re.fullmatch(r"[-+]?\d+", value):
             values[key] = int(value)
         else:
-            values[key] = float(value) if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value) else value
+            values[key] = float(value) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value) else value
     return values
 
 
@@ -179,18 +182,26 @@ class MuonAdamW(torch.optim.Optimizer):
 class EMA:
     """Exponential moving average of the trained weights, taken after every update (Polyak and Juditsky 1992).
 
-    average = decay * average + (1 - decay) * weight. `swap` puts the averages into the model, to evaluate or save them.
+    average = decay * average + (1 - decay) * weight, in float32 at least.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.averages = {name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self.weights.items()}
         self.average = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        self.average(list(self.averages.values()), [p.detach() for p in self.weights.values()], None)
+        averages = list(self.averages.values())
+        self.average(averages, [p.detach().to(a.dtype) for p, a in zip(self.weights.values(), averages)], None)
 
-    def swap(self) -> None:
-        """Exchanges weights and averages; called twice it changes nothing."""
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averages for weights, to evaluate them; then its own again."""
+        kept = {name: p.data for name, p in self.weights.items()}
         for name, p in self.weights.items():
-            p.data, self.averages[name] = self.averages[name], p.data
+            p.data = self.averages[name].to(p.dtype)
+        try:
+            yield
+        finally:
+            for name, p in self.weights.items():
+                p.data = kept[name]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from state import UsageError
+from state import Update, UsageError
 
 
 class Precision:
@@ -27,9 +27,9 @@ class Precision:
         self.device, self.full_eval = device, full_eval
         self.dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else None
         self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
-        self.previous: tuple[Tensor, torch.cuda.Event] | None = None
+        self.pending: tuple | None = None       # the update an accelerator has not been asked about yet
         if tf32 is not None:
-            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.fp32_precision = "tf32" if tf32 else "ieee"
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype is None:
@@ -46,42 +46,53 @@ class Precision:
 
     @property
     def scales(self) -> bool:
-        return self.scaler is not None
+        """Whether an overflow of the gradients can be cured by a lower scale."""
+        return self.scaler is not None and self.scaler.get_scale() >= 1.0
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
-        """Steps the optimizer unless `finite` () is False or fp16 gradients have overflowed. Returns whether it stepped.
+    def device_skips(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer itself leaves out an update that is not finite, on the device and without the host waiting."""
+        return self.device.type != "cpu" and self.scaler is None and bool(optimizer.defaults.get("fused")) \
+            and isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam))
 
-        On an accelerator a fused optimizer reads `finite` by itself and the host is not held up: then True may also mean
-        that the device skipped the update, which `was_finite` tells one update later. Other optimizers have to wait.
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped.
+
+        Where the device skips by itself the answer is always True; `find_nonfinite` tells one update later.
         """
-        if self.scaler is not None:
-            before = self.scaler.get_scale()
-            if not finite:                      # the scaler waits for the device anyhow
-                self.scaler.update(before)      # forget this update's gradients; the scale stays
-                return False
-            self.scaler.step(optimizer)
-            self.scaler.update()
-            return self.scaler.get_scale() >= before     # lowered after an overflow, and only then
-        if self.device.type != "cpu" and optimizer.defaults.get("fused"):
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        if self.scaler is not None:             # the scaler waits for the device anyhow
+            if torch.isfinite(loss):
+                self.scaler.step(optimizer)     # does nothing where gradients have overflowed
+                self.scaler.update()
+            else:
+                self.scaler.update(self.scaler.get_scale())     # forget these gradients; the scale was not to blame
+        elif self.device_skips(optimizer):
             optimizer.found_inf = (~finite).float()
             optimizer.step()
             return True
-        if finite:
+        elif finite:
             optimizer.step()
         return bool(finite)
 
-    def was_finite(self, finite: Tensor) -> bool:
-        """Whether this update was finite; on an accelerator the one before, which it has finished, so that nothing waits."""
+    def find_nonfinite(self, step: int, update: Update) -> tuple[int, Update] | None:
+        """The update known by now not to be finite: this one, or, on an accelerator, the one before. That one is done,
+        so nothing waits; `find_last_nonfinite` asks about the last one."""
         if self.device.type == "cpu":
-            return bool(finite)
-        copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            return None if update.finite else (step, update)
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(update.finite, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        previous, self.previous = self.previous, (copy, copied)
-        if previous is None:
-            return True
-        previous[1].synchronize()
-        return bool(previous[0])
+        found = self.find_last_nonfinite()
+        self.pending = (step, update, copy, copied)
+        return found
+
+    def find_last_nonfinite(self) -> tuple[int, Update] | None:
+        if self.pending is None:
+            return None
+        step, update, copy, copied = self.pending
+        self.pending = None
+        copied.synchronize()
+        return None if copy else (step, update)
 
     def check_model(self, model: nn.Module) -> None:
         """fp16 scaling needs float32 weights: their gradients would else be float16 and cannot be unscaled."""
@@ -96,7 +107,7 @@ class Precision:
         if self.full_eval is None or training:
             yield
             return
-        kept = {p: p.data for p in model.parameters() if p.is_floating_point()}
+        kept = {p: p.data for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()}
         for p in kept:
             p.data = p.data.to(self.full_eval)
         try:

@@ -119,8 +119,8 @@ class Plateau:
 
     def __init__(self, peak: float, mode: str = "min", factor: float = 0.1, patience: int = 10, threshold: float = 1e-4,
                  threshold_mode: str = "rel", cooldown: int = 0, min_lr: float = 0.0, eps: float = 1e-8):
-        if mode not in ("min", "max") or threshold_mode not in ("rel", "abs"):
-            raise ValueError(f"mode={mode!r} must be min or max, threshold_mode={threshold_mode!r} rel or abs")
+        if mode not in ("min", "max") or threshold_mode not in ("rel", "abs") or not 0 <= factor < 1:
+            raise ValueError(f"mode={mode!r} must be min or max, threshold_mode={threshold_mode!r} rel or abs, factor={factor} below 1")
         self.lr, self.mode, self.factor, self.patience, self.threshold = peak, mode, factor, patience, threshold
         self.threshold_mode, self.cooldown, self.min_lr, self.eps = threshold_mode, cooldown, min_lr, eps
         self.best: float | None = None
@@ -144,11 +144,10 @@ class Plateau:
             self.cooling, self.bad_evaluations = self.cooldown, 0
 
     def is_better(self, metric: float) -> bool:
-        if self.best is None:
-            return not math.isnan(metric)
-        sign = 1 if self.mode == "max" else -1
-        margin = self.threshold * (self.best if self.threshold_mode == "rel" else 1.0)
-        return sign * metric > sign * (self.best + sign * margin)
+        best = self.best if self.best is not None else math.inf if self.mode == "min" else -math.inf
+        if self.threshold_mode == "rel":
+            return metric < best * (1 - self.threshold) if self.mode == "min" else metric > best * (1 + self.threshold)
+        return metric < best - self.threshold if self.mode == "min" else metric > best + self.threshold
 
     def state_dict(self) -> dict:
         return {"lr": self.lr, "best": self.best, "bad_evaluations": self.bad_evaluations, "cooling": self.cooling}
@@ -166,44 +165,56 @@ def warmup_updates(args: TrainArgs, total: int) -> int:
 def build_schedule(args: TrainArgs, total: int) -> Callable[[int], float]:
     """The learning rate after `step` finished updates of a run of `total`. Raises UsageError for wrong --lr_scheduler_kwargs."""
     kind, kwargs, peak = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {}), args.learning_rate
-    if kind in ("constant", "reduce_lr_on_plateau") and args.warmup_steps:
-        print(f"note: --lr_scheduler_type {kind} has no warm-up; --warmup_steps {args.warmup_steps:g} is not used")
-    if kind == "cosine_with_min_lr" or kind == "cosine_warmup_with_min_lr":
+    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         if ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
             raise UsageError(f'--lr_scheduler_type {kind} needs --lr_scheduler_kwargs with one of "min_lr" and "min_lr_rate", got {kwargs}')
-        if "min_lr" in kwargs:
-            kwargs["min_lr_rate"] = kwargs.pop("min_lr") / peak
-    if kind == "polynomial":
-        kwargs["peak"] = peak
-        if kwargs.get("lr_end", 1e-7) >= peak:
-            raise UsageError(f"--lr_scheduler_type polynomial ends at lr_end={kwargs.get('lr_end', 1e-7)}, which must be below "
-                             f"--learning_rate {peak}")
-    target = Plateau if kind == "reduce_lr_on_plateau" else SHAPES.get(kind)
-    if kind == "constant":
-        check_kwargs(kind, kwargs, set(), set())
-        return lambda step: peak
-    names = list(inspect.signature(target).parameters.values())[1 if target is Plateau else 3:]
-    check_kwargs(kind, kwargs, {p.name for p in names}, {p.name for p in names if p.default is p.empty})
-    if target is Plateau:
-        return Plateau(peak, **kwargs)
+        known = {"min_lr"}
+    else:
+        known = set()
+    target = {"reduce_lr_on_plateau": Plateau, "constant": lambda step, warmup, total: 1.0}.get(kind) or SHAPES[kind]
+    parameters = [p for p in list(inspect.signature(target).parameters.values())[1 if target is Plateau else 3:] if p.name != "peak"]
+    check_kwargs(kind, kwargs, known | {p.name for p in parameters}, {p.name for p in parameters if p.default is p.empty} - {"min_lr_rate"})
     warmup = warmup_updates(args, total)
-    if kind == "warmup_stable_decay":
-        check_wsd(kwargs, warmup, total)
-    return lambda step: peak * target(step, warmup, total, **kwargs)
+    try:
+        if "min_lr" in kwargs and target is not Plateau:
+            kwargs["min_lr_rate"] = kwargs.pop("min_lr") / peak
+        if kind == "polynomial":
+            kwargs["peak"] = peak
+            if kwargs.get("lr_end", 1e-7) >= peak:
+                raise ValueError(f"it ends at lr_end={kwargs.get('lr_end', 1e-7)}, which must be below --learning_rate {peak}")
+        if kind == "warmup_stable_decay":
+            check_wsd(kwargs, warmup, total)
+        schedule = Plateau(peak, **kwargs) if target is Plateau else lambda step: peak * target(step, warmup, total, **kwargs)
+        for step in (0, warmup, total // 2, total):     # wrong values show here and not in the middle of a run
+            schedule(step)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, OverflowError) as error:
+        raise UsageError(f"--lr_scheduler_type {kind} --lr_scheduler_kwargs {args.lr_scheduler_kwargs}: {error}") from None
+    return schedule
+
+
+WORDS = {"warmup_type", "decay_type", "mode", "threshold_mode"}      # settings that are not numbers
 
 
 def check_kwargs(kind: str, given: dict, known: set[str], needed: set[str]) -> None:
-    known, needed = known - {"peak"}, needed - {"peak"}
-    if wrong := sorted(given.keys() - known - {"peak"}):
+    if wrong := sorted(given.keys() - known):
         raise UsageError(f"--lr_scheduler_kwargs has {wrong[0]!r}; --lr_scheduler_type {kind} knows {', '.join(sorted(known)) or 'none'}")
     if missing := sorted(needed - given.keys()):
         raise UsageError(f"--lr_scheduler_type {kind} needs {missing[0]!r} in --lr_scheduler_kwargs, as in '{{\"{missing[0]}\": 100}}'")
+    for name, value in given.items():
+        if name not in WORDS and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+            raise UsageError(f"--lr_scheduler_kwargs: {name} is {value!r}, expected a number")
 
 
 def check_wsd(kwargs: dict, warmup: int, total: int) -> None:
     for name in ("warmup_type", "decay_type"):
         if kwargs.get(name, "linear") not in ("linear", "cosine", "1-sqrt"):
-            raise UsageError(f"--lr_scheduler_kwargs: {name}={kwargs[name]!r} must be linear, cosine or 1-sqrt")
+            raise ValueError(f"{name}={kwargs[name]!r} must be linear, cosine or 1-sqrt")
     if warmup + kwargs["num_decay_steps"] > total and "num_stable_steps" not in kwargs:
-        raise UsageError(f"--lr_scheduler_type warmup_stable_decay: warm-up {warmup} + num_decay_steps {kwargs['num_decay_steps']} are more "
-                         f"than the run's {total} updates")
+        raise ValueError(f"warm-up {warmup} + num_decay_steps {kwargs['num_decay_steps']} are more than the run's {total} updates")
+
+
+def notice(args: TrainArgs) -> str:
+    """What is given and not used, to be said once; "" for nothing."""
+    if args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau") and args.warmup_steps:
+        return f"note: --lr_scheduler_type {args.lr_scheduler_type} has no warm-up; --warmup_steps {args.warmup_steps:g} is not used"
+    return ""

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,8 @@ class TrainState:
     total_flos: float = 0.0         # 6 x tokens x parameters outside embeddings (Kaplan et al. 2020, section 2.1)
     learning_rate: float = 0.0      # of the last update
     grad_norm: float | None = None  # of the last update, before clipping
-    total_loss: float = 0.0         # sum of the losses of all updates, for train_loss
+    total_loss: float = 0.0         # sum of the finite losses of all updates, and how many they are, for train_loss
+    num_losses: int = 0
     recent_losses: list[float] = field(default_factory=list)   # of each update since the last log
     recent_nan_steps: int = 0       # nan_steps, empty_steps and skipped_steps when the last row was logged
     recent_empty_steps: int = 0
@@ -94,6 +95,15 @@ class TrainState:
             return []
         with open(self.log_path) as file:
             return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+class Update(NamedTuple):
+    """What one update left on the device: nothing here has been waited for."""
+
+    loss: torch.Tensor         # () mean over the label items of the window and all ranks
+    share: torch.Tensor        # () this rank's part of it
+    grad_norm: torch.Tensor    # () before clipping
+    finite: torch.Tensor       # () bool: neither loss nor gradient is NaN or infinite
 
 
 @dataclass

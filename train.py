@@ -21,7 +21,7 @@ from loss import compute_loss
 from model import build_model, generate
 from optim import EMA, build_optimizer
 from precision import Precision
-from schedules import build_schedule
+from schedules import build_schedule, notice
 from state import Run, UsageError
 
 
@@ -66,6 +66,10 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
     state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     progress = [ProgressCallback(args.disable_tqdm)] if world.is_main else [] # printing is rank 0's
+    if args.label_smoothing_factor and getattr(model, "label_smoothing", None) != args.label_smoothing_factor:
+        raise UsageError("--label_smoothing_factor is for the built-in model: give your loss function's cross_entropy the smoothing instead")
+    if unused := notice(args):
+        print0(world, unused)
     precision = Precision(world.device, args.fp16, args.bf16, args.tf32,
                           torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None)
     precision.check_model(model)

@@ -52,7 +52,8 @@ def test_a_schedule_stays_at_its_end_after_the_last_update():
     ("cosine", {"cycles": 1}, "'cycles'.*knows num_cycles"), ("warmup_stable_decay", {}, "needs 'num_decay_steps'"),
     ("cosine_with_min_lr", {}, "min_lr_rate"), ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "cubic"}, "cubic"),
     ("polynomial", {"lr_end": 11.0}, "must be below"), ("constant", {"x": 1}, "knows none"),
-    ("warmup_stable_decay", {"num_decay_steps": 9}, "more than the run's 10 updates")])
+    ("warmup_stable_decay", {"num_decay_steps": 9}, "more than the run's 10 updates"), ("cosine", {"num_cycles": "2"}, "expected a number"),
+    ("reduce_lr_on_plateau", {"mode": "auto"}, "min or max"), ("reduce_lr_on_plateau", {"factor": 2.0}, "below 1")])
 def test_wrong_schedule_settings_are_clear_errors(kind, kwargs, said):
     with pytest.raises(UsageError, match=said):
         rates(kind, **kwargs)
@@ -143,7 +144,7 @@ def test_optim_args_are_typed_and_wrong_ones_are_errors():
                                                                                       "eps": 1e-3}
     group = build_optimizer(gpt(), TrainArgs(optim="sgd", optim_args="momentum=0.9,nesterov=true")).param_groups[0]
     assert group["momentum"] == 0.9 and group["nesterov"] is True
-    for wrong in ("speed=1", "momentum"):
+    for wrong in ("speed=1", "momentum", "nesterov=True", "momentum=-1", "momentum=1.2.3"):
         with pytest.raises(UsageError, match="--optim_args"):
             build_optimizer(gpt(), TrainArgs(optim="sgd", optim_args=wrong))
 
@@ -170,6 +171,26 @@ def test_chunked_cross_entropy_is_the_plain_one(monkeypatch, smoothing, frozen):
         results.append((loss.detach(), hidden.grad, head.grad))
     for plain, chunked in zip(*results):
         torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_chunked_cross_entropy_in_evaluation_fp16_and_half_weights(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 256 * 64)
+    taken = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, real=torch.autograd.grad, **k: taken.append(1) or real(*a, **k))
+    generator = torch.Generator().manual_seed(0)
+    hidden, labels = torch.randn(4096, 16, generator=generator) * 24, torch.zeros(4096, dtype=torch.long)
+    head = torch.randn(256, 16, generator=generator, requires_grad=True)
+    with torch.no_grad():
+        head_cross_entropy(hidden, head, labels)
+    assert not taken                                        # nothing is differentiated in evaluation
+    with torch.autocast("cpu", dtype=torch.float16):
+        head_cross_entropy(hidden, head, labels).backward()
+    assert torch.isfinite(head.grad).all()                  # no scale could have saved float16 here
+    chunked, plain, exact = (head.detach().bfloat16().to(dtype).requires_grad_() for dtype in (torch.bfloat16, torch.bfloat16, torch.float64))
+    head_cross_entropy(hidden.bfloat16(), chunked, labels).backward()
+    for weight in (plain, exact):
+        cross_entropy(F.linear(hidden.bfloat16().to(weight.dtype), weight), labels).backward()
+    assert (chunked.grad - exact.grad).norm() < 1.5 * (plain.grad - exact.grad).norm()      # summed in float32, not in bfloat16
 
 
 def test_chunked_cross_entropy_never_holds_all_logits(monkeypatch):
@@ -213,6 +234,27 @@ def test_updates_that_are_not_finite_can_be_skipped_counted_and_do_not_advance_t
     assert (run.state.nan_steps, run.state.skipped_steps, run.state.global_step) == (1, 1, 10)
     assert [row["learning_rate"] for row in logged] == pytest.approx([1e-2 * (1 - s / 10) for s in (0, 1, 1, 2, 3, 4, 5, 6, 7, 8)])
     assert math.isfinite(rows(tmp_path)[-1]["train_loss"])
+
+
+def test_train_loss_is_the_mean_of_the_finite_losses_even_if_a_gradient_was_not(tmp_path):
+    def ten(model, batch):
+        value = 10.0 + 0 * model(batch["x"]).sum()
+        if batch["x"].item() % 2:
+            value.register_hook(lambda gradient: gradient * math.nan)
+        return value
+    run = run_training(arguments(tmp_path, num_train_epochs=1, per_device_train_batch_size=1, on_nonfinite="skip"), ten,
+                       model=torch.nn.Linear(1, 1, bias=False), train_set=Numbers(10))
+    assert run.state.nan_steps == 5 and rows(tmp_path)[-1]["train_loss"] == pytest.approx(10.0)
+
+
+def test_an_fp16_overflow_that_no_scale_cures_stops_the_run(tmp_path):
+    def hopeless(model, batch):
+        value = compute_loss(model, batch)
+        value.register_hook(lambda gradient: gradient * math.nan)
+        return value
+    with pytest.raises(UsageError, match="update 18: the gradient norm is not finite") as error:     # 2**16 halved 17 times is below 1
+        run_training(arguments(tmp_path, fp16=True, max_steps=100), hopeless)
+    assert error.value.exit_code == 4
 
 
 def test_too_many_in_a_row_stop_the_run_all_the_same(tmp_path):
@@ -314,9 +356,12 @@ def test_neftune_adds_its_noise_in_training_only(tmp_path):
         assert (model(torch.zeros(4, 16, dtype=torch.long)) == 0).all()
 
 
-def test_activation_checkpointing_changes_no_bit_even_with_dropout(tmp_path):
-    for name, value in (("off", False), ("on", True)):
-        run_training(arguments(tmp_path / name, max_steps=3, activation_checkpointing=value, save_strategy="steps"), model=gpt(dropout=0.2))
+def test_activation_checkpointing_computes_twice_and_changes_no_bit_even_with_dropout(tmp_path):
+    for name, value, times in (("off", False, 1), ("on", True, 2)):
+        calls, model = [], gpt(dropout=0.2)
+        model.blocks[0].up.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        run_training(arguments(tmp_path / name, max_steps=3, activation_checkpointing=value, save_strategy="steps"), model=model)
+        assert len(calls) == 3 * times
     first, second = ((tmp_path / name / "checkpoint-3" / "model.safetensors").read_bytes() for name in ("off", "on"))
     assert first == second
 
@@ -377,20 +422,22 @@ def test_running_out_of_memory_says_what_to_try(tmp_path):
 
 
 def test_an_auxiliary_loss_is_weighted_like_the_items_of_its_micro_batch(tmp_path):
-    def with_balance(model, batch):
-        return compute_loss(model, batch) + 0.5 * (batch["labels"] != -100).sum()
-    plain = run_training(arguments(tmp_path / "plain", max_steps=2))
-    balanced = run_training(arguments(tmp_path / "balanced", max_steps=2), with_balance)
-    assert balanced.state.total_loss == pytest.approx(plain.state.total_loss + 2 * 0.5)
+    """A penalty on the weights, once per micro-batch, is the same update however unequal the micro-batches are."""
+    def with_penalty(model, batch):
+        return compute_loss(model, batch) + 0.5 * model.head.weight.square().sum() * (batch["labels"] != -100).sum()
+    results = [flat(run_training(arguments(tmp_path / f"{b}", max_steps=1, optim="sgd", per_device_train_batch_size=b, learning_rate=0.1,
+                                           gradient_accumulation_steps=8 // b, max_grad_norm=0), with_penalty, model=gpt(dtype=torch.float64)))
+               for b in (8, 1)]
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-12)
 
 
 def test_tf32_sets_torchs_precision():
     try:
-        for flag, expected in ((True, "high"), (False, "highest")):
+        for flag, expected in ((True, "tf32"), (False, "ieee")):
             Precision(torch.device("cpu"), tf32=flag)
-            assert torch.get_float32_matmul_precision() == expected
+            assert torch.backends.fp32_precision == expected
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision = "none"
 
 
 RESUMED = {"fp16": {"fp16": True}, "ema": {"ema_decay": 0.9}, "adafactor": {"optim": "adafactor"}, "lion": {"optim": "lion"}, "muon": {"optim": "muon"},
@@ -398,6 +445,42 @@ RESUMED = {"fp16": {"fp16": True}, "ema": {"ema_decay": 0.9}, "adafactor": {"opt
            "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0, "factor": 0.5},
                        "eval_strategy": "steps", "eval_steps": 1},
            "wsd": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}}}
+
+
+def test_a_lowered_loss_scale_survives_a_resume(tmp_path):
+    def loss(model, batch):
+        value = compute_loss(model, batch)
+        if not (tmp_path / "whole" / "checkpoint-1").exists():     # the first update overflows
+            value.register_hook(lambda gradient: gradient * math.inf)
+        return value
+    settings = {"fp16": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = run_training(arguments(tmp_path / "whole", **settings), loss)
+    part = run_training(arguments(tmp_path / "part", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2", **settings), loss)
+    assert part.precision.state_dict() == whole.precision.state_dict() and part.precision.scaler.get_scale() == 2.0**15
+    assert (flat(part) == flat(whole)).all()
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_torch_fused", "lion"])
+def test_bfloat16_models_resume_bit_for_bit_and_average_in_float32(tmp_path, optim):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": optim, "ema_decay": 0.99}
+    whole = run_training(arguments(tmp_path / "whole", **settings), model=gpt(dtype=torch.bfloat16))
+    part = run_training(arguments(tmp_path / "part", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3", **settings),
+                        model=gpt(dtype=torch.bfloat16))
+    for a, b in zip(whole.model.parameters(), part.model.parameters()):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(whole.ema.averages.values(), part.ema.averages.values()))
+
+
+def test_another_optimizer_cannot_take_over_a_state(tmp_path):
+    run_training(arguments(tmp_path, max_steps=1, save_strategy="steps"))
+    with pytest.raises(UsageError, match="holds the state of AdamW, and this run trains with Lion") as error:
+        run_training(arguments(tmp_path, max_steps=2, optim="lion", resume_from_checkpoint="True"))
+    assert error.value.exit_code == 3
+
+
+def test_label_smoothing_is_refused_for_a_model_that_would_not_see_it(tmp_path):
+    with pytest.raises(UsageError, match="--label_smoothing_factor is for the built-in model"):
+        run_training(arguments(tmp_path, label_smoothing_factor=0.1), linear_loss, model=torch.nn.Linear(1, 1), train_set=Numbers(2))
 
 
 @pytest.mark.parametrize("name", RESUMED)

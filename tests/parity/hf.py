@@ -63,10 +63,15 @@ def smoothed_loss(epsilon: float):
 
 
 class OwnGenerator(Trainer):
-    """Its data loader draws its seed from the global generator at each epoch's start; ours does not."""
+    """Its data loaders draw a seed from the global generator at each epoch's start and at each evaluation; ours do not."""
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
+        return self.with_generator(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self.with_generator(super().get_eval_dataloader(eval_dataset))
+
+    def with_generator(self, loader):
         loader.base_dataloader.generator = torch.Generator()
         return loader
 
@@ -79,18 +84,25 @@ class Unrounded(TrainerCallback):
         self.rows.append({**logs, "step": state.global_step})
 
 
-def train_there(output_dir, model=model, data=None, collator=collate, **flags) -> tuple[list[dict], dict]:
-    """Rows and final weights of the HF Trainer."""
+def train_there(output_dir, model=model, data=None, collator=collate, batch=MICRO_BATCH, evaluation=False, **flags):
+    """Rows and final weights of the HF Trainer; its first eval_loss if `evaluation`."""
     seen = Unrounded()
     args = TrainingArguments(output_dir=str(output_dir), use_cpu=True, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
-                             per_device_train_batch_size=MICRO_BATCH, dataloader_pin_memory=False, **flags)
-    trainer = OwnGenerator(model=model(), args=args, train_dataset=data or samples(), data_collator=collator, callbacks=[seen])
+                             per_device_train_batch_size=batch, dataloader_pin_memory=False, **flags)
+    trainer = OwnGenerator(model=model(), args=args, train_dataset=data or samples(), eval_dataset=samples()[:7], data_collator=collator,
+                           callbacks=[seen])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return [row for row in seen.rows if "loss" in row], {k: v.detach() for k, v in trainer.model.named_parameters()}
+    return result(seen.rows, trainer.model, evaluation)
 
 
-def train_here(output_dir, loss_fn=summed_loss, model=model, data=None, collator=collate_counted, **flags) -> tuple[list[dict], dict]:
-    args = TrainArgs(output_dir=str(output_dir), save_strategy="no", logging_steps=1, per_device_train_batch_size=MICRO_BATCH, **flags)
-    run = run_training(args, loss_fn, model=model(), train_set=data or samples(), collate=collator)
-    return [row for row in rows(output_dir) if "loss" in row], {k: v.detach() for k, v in run.model.named_parameters()}
+def train_here(output_dir, loss_fn=summed_loss, model=model, data=None, collator=collate_counted, batch=MICRO_BATCH, evaluation=False, **flags):
+    args = TrainArgs(output_dir=str(output_dir), save_strategy="no", logging_steps=1, per_device_train_batch_size=batch, **flags)
+    run = run_training(args, loss_fn, model=model(), train_set=data or samples(), eval_set=samples()[:7], collate=collator)
+    return result(rows(output_dir), run.model, evaluation)
+
+
+def result(rows: list[dict], model, evaluation: bool):
+    if evaluation:
+        return next(row["eval_loss"] for row in rows if "eval_loss" in row)
+    return [row for row in rows if "loss" in row], {name: p.detach() for name, p in model.named_parameters()}
