@@ -81,7 +81,7 @@ class TrainArgs:
     ema_decay: float | None = arg(None, "evaluate and save an average of the weights with this decay too", 0, 0.9999999)
     on_nonfinite: Literal["stop", "skip"] = arg("stop", "what to do about an update with a NaN or infinite loss or gradient;"
                                                 " it is never applied (running statistics of BatchNorm excepted)")
-    max_nonfinite: int = arg(10, "with --on_nonfinite skip: stop after this many in a row", 1, 10**9)
+    max_nonfinite: int = arg(10, "with --on_nonfinite skip: leave out at most this many in a row", 1, 10**9)
 
     # -- precision, memory and speed
     fp16: bool = arg(False, "compute in float16 with a scaled loss")
@@ -139,7 +139,11 @@ REMOVED = {   # flags people may bring along from the HF Trainer, and what to us
     "accelerator_config": "batch sizes are per rank; see data.py", "parallelism_config": "parallelism is in distributed.py",
     "do_train": "train.py always trains", "gradient_checkpointing": "use --activation_checkpointing", "epochs": "use --num_train_epochs",
     "batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate", "train_batch_size": "use --per_device_train_batch_size",
-    "eval_batch_size": "use --per_device_eval_batch_size", "dataloader_num_workers": "data is read in the training process", "resume": "use --resume_from_checkpoint", "data": "use --dataset",
+    "eval_batch_size": "use --per_device_eval_batch_size", "dataloader_num_workers": "data is read in the training process", "do_eval": "use --eval_strategy", "train_file": "use --dataset",
+    "validation_file": "use --eval_dataset", "model_name_or_path": "the model is built in model.py", "tokenizer_name": "the built-in data is bytes",
+    "report_to": "metrics.jsonl is the history; a callback's on_log can send it on", "run_name": "a run is named by its --output_dir",
+    "load_best_model_at_end": "metrics.jsonl tells which checkpoint was best", "metric_for_best_model": "metrics.jsonl tells which checkpoint was best",
+    "greater_is_better": "metrics.jsonl tells which checkpoint was best", "remove_unused_columns": "the collator decides what the model gets", "resume": "use --resume_from_checkpoint", "data": "use --dataset",
 }
 
 

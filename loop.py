@@ -44,6 +44,8 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
             weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing
             with precision.autocast():
                 loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))          # ()
+            if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
+                raise UsageError(f"the loss function returned {describe(loss_sum)}; expected one number, summed over the label items")
             precision.backward(loss_sum * (weight / num_items))
             if weight:
                 share = share + loss_sum.detach() / num_items  # no .item(): the host stays ahead of the device
@@ -172,6 +174,10 @@ def ask_at_epoch_end(run: Run) -> None:
     control.should_save |= args.save_strategy == "epoch"
 
 
+def describe(value) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 class Meter:
     """What updates leave on the device until a log, a save or the end wants it on the host; and the training clock,
     which stands still while the run evaluates or saves."""
@@ -279,9 +285,10 @@ def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -
     in_a_row = f", {state.nonfinite_in_a_row} times in a row" if state.nonfinite_in_a_row > 1 else ""
     newest = list_checkpoints(args.output_dir)
     run.callbacks.log(run, meter.row())
+    skip = "" if args.on_nonfinite == "skip" else ", or --on_nonfinite skip to leave such updates out"
     raise UsageError(f"update {step}: {where} is not finite{in_a_row}; it was not applied. Last good checkpoint: "
-                     f"{f'checkpoint-{newest[0]}' if newest else 'none'}. Try a lower --learning_rate, more --warmup_steps, "
-                     f"--max_grad_norm 1, or --on_nonfinite skip to leave such updates out", 4)
+                     f"{f'checkpoint-{newest[0]}' if newest else 'none yet'}. Try a lower --learning_rate, more --warmup_steps, "
+                     f"--max_grad_norm 1{skip}", 4)
 
 
 @contextlib.contextmanager
@@ -352,7 +359,7 @@ def catching_signals(run: Run) -> Iterator[None]:
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def catch(number, frame):
-        os.write(2, b"\nstopping after this update; once more stops at once, without saving\n")     # print is not safe in a handler
+        os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")     # print is not safe in a handler
         run.callbacks.caught_signal = number
         for each, handler in previous.items():
             signal.signal(each, handler)

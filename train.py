@@ -16,6 +16,7 @@ from checkpoint import find_checkpoint, load_checkpoint, load_state
 from collators import default_collator
 from data import Loader, build_data
 from distributed import World, open_world, parallelize, set_seed, unwrap
+from evalloop import evaluating
 from loop import plan, train, windows
 from loss import compute_loss
 from model import build_model, generate
@@ -52,6 +53,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     make_optimizer: (bare model, args) -> optimizer. Returns the run and the loaders for train, evaluate, predict.
     """
     check_args(args)
+    collate = collate or default_collator
     checkpoint = checkpoint or find_checkpoint(args, world)
     vocab_size = getattr(model, "vocab_size", None)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -115,7 +117,8 @@ def print_sample(run: Run, train_set) -> None:
     if args.sample_length and world.is_main:
         first = next(iter(train_set)) if run.args.streaming else train_set[0]
         try:
-            tokens = generate(unwrap(run.model), first["input_ids"][:1].to(world.device), args.sample_length)
+            with evaluating(run) as model:       # the averaged weights, with --ema_decay
+                tokens = generate(model, first["input_ids"][:1].to(world.device), args.sample_length)
             text = bytes(t for t in tokens[1:].tolist() if t < 256).decode(errors="replace")
         except UsageError as error:     # the run has ended well all the same
             text = str(error)
@@ -131,6 +134,9 @@ def run_main(function, *args) -> None:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

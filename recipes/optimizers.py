@@ -9,7 +9,7 @@ Every flag of train.py follows. All four run on CPU. adamw_8bit keeps the moment
 8 bits (Dettmers et al. 2022). schedule_free needs no decaying schedule: use --lr_scheduler_type constant (Defazio et al.
 2024); its checkpoints hold the weights it trains, evaluation uses their average. galore (Zhao et al. 2024) and apollo (Zhu
 et al. 2025) project the gradients of hidden matrices to rank 16; their projectors cannot be saved without pickle, so they
-need --save_strategy no.
+need --save_strategy no. bitsandbytes prints a line about a missing 4-bit kernel, which nothing here uses.
 """
 from __future__ import annotations
 

@@ -431,6 +431,12 @@ def test_an_auxiliary_loss_is_weighted_like_the_items_of_its_micro_batch(tmp_pat
     np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("wrong, said", [(lambda model, batch: {"loss": 1}, "a dict"), (lambda model, batch: batch["x"], r"a tensor of shape \(2, 1\)")])
+def test_a_loss_that_is_not_one_number_is_a_clear_error(tmp_path, wrong, said):
+    with pytest.raises(UsageError, match=f"the loss function returned {said}; expected one number"):
+        run_training(arguments(tmp_path), wrong, model=torch.nn.Linear(1, 1), train_set=Numbers(4))
+
+
 def test_tf32_sets_torchs_precision():
     try:
         for flag, expected in ((True, "tf32"), (False, "ieee")):

@@ -1,4 +1,4 @@
-"""Writes text with a saved model:   python -m tools.generate runs/default/checkpoint-800 --prompt 'def '"""
+"""Writes text with a saved model, by its averaged weights if it has them:   python -m tools.generate runs/default/checkpoint-600 --prompt 'def '"""
 from __future__ import annotations
 
 import argparse
@@ -6,6 +6,7 @@ import os
 import sys
 
 import torch
+from safetensors.torch import load_file
 
 from args import TrainArgs
 from checkpoint import find_damage, load_model, read_json
@@ -25,10 +26,12 @@ def main(argv: list[str] | None = None) -> str:
     if flags.length < 1 or not 0 <= flags.temperature < float("inf"):
         raise UsageError(f"--length {flags.length} must be at least 1, --temperature {flags.temperature} at least 0")
     if (problem := find_damage(flags.checkpoint)) is not None:
-        raise UsageError(f"{flags.checkpoint}: {problem}; give the folder of a checkpoint, such as runs/default/checkpoint-800", 3)
+        raise UsageError(f"{flags.checkpoint}: {problem}; give the folder of a checkpoint, such as runs/default/checkpoint-600", 3)
     known = TrainArgs().to_dict().keys()
     model = build_model(TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known}))
     load_model(model, flags.checkpoint)
+    if os.path.exists(os.path.join(flags.checkpoint, "ema.safetensors")):
+        model.load_state_dict(load_file(os.path.join(flags.checkpoint, "ema.safetensors")), strict=False)   # what evaluations saw
     prompt = torch.tensor([*os.fsencode(flags.prompt)] or [0])
     if int(prompt.max()) >= model.vocab_size:
         raise UsageError(f"--prompt has byte {int(prompt.max())}; the model knows 0..{model.vocab_size - 1}")
