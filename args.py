@@ -94,6 +94,20 @@ class TrainArgs:
     torch_compile_backend: str | None = arg(None, "backend of torch.compile (default: inductor)")
     torch_compile_mode: str | None = arg(None, "mode of torch.compile, as max-autotune")
 
+    # -- ranks (distributed.py, zero.py)
+    strategy: Literal["ddp", "zero1", "zero2", "fsdp", "hsdp"] = arg("ddp", "split over ranks: nothing, the optimizer's state, gradients"
+                                                                     " too, weights too, weights within groups of ranks")
+    accumulate_unsharded: bool = arg(False, "zero2, fsdp, hsdp: reduce gradients once per window; each rank then adds up whole ones")
+    reshard_after_forward: bool = arg(True, "fsdp, hsdp: let a block's weights go after forward and gather them again for backward")
+    hsdp_shard_size: int | None = arg(None, "hsdp: neighbouring ranks that share one copy of the model (default: those of a host)", 1, 10**6)
+    fsdp_transformer_layer_cls_to_wrap: str | None = arg(None, "fsdp, hsdp: classes, with commas, whose weights are gathered at a time"
+                                                         " (default: model.blocks, or what a transformers model names)")
+    cpu_offload: bool = arg(False, "keep the optimizer's state on the CPU and update there; with fsdp and hsdp weights and gradients too")
+    ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
+    ddp_find_unused_parameters: bool = arg(True, "ddp: allow parameters that the loss does not use; False saves a walk over the graph, and"
+                                           " on more than 2 ranks a resumed run is then equal up to rounding only")
+    ddp_timeout: int = arg(1800, "seconds that a rank waits for the others before it gives up", 1, 10**9)
+
     # -- log, evaluate, save
     logging_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to log")
     logging_steps: float = arg(500, "updates between logs; below 1: the ratio of all updates", 0, 10**12)
@@ -127,9 +141,9 @@ REMOVED = {   # flags people may bring along from the HF Trainer, and what to us
     "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "local_rank": "torchrun sets it in the environment",
     "average_tokens_across_devices": "the loss is always averaged over the items of all ranks",
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
-    "deepspeed": "training is data-parallel; what ranks do is in distributed.py", "fsdp": "training is data-parallel; what ranks do is in distributed.py",
-    "fsdp_config": "training is data-parallel; what ranks do is in distributed.py", "fsdp_min_num_params": "training is data-parallel; what ranks do is in distributed.py",
-    "fsdp_transformer_layer_cls_to_wrap": "training is data-parallel; what ranks do is in distributed.py",
+    "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp",
+    "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "fsdp_min_num_params": "use --fsdp_transformer_layer_cls_to_wrap",
+    "ddp_backend": "NCCL reduces on GPUs, gloo on CPUs", "ddp_static_graph": "it fails with accumulation", "ddp_broadcast_buffers": "DDP's default",
     "push_to_hub_token": "log in with huggingface_hub", "include_inputs_for_metrics": "compute_metrics is a function of yours",
     "include_tokens_per_second": "tokens_per_second is in every log", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
     "mp_parameters": "it has no successor", "use_ipex": "it has no successor", "tpu_num_cores": "there is no TPU support",
@@ -291,6 +305,16 @@ def list_problems(args: TrainArgs, bad: set[str]) -> list[str]:
          "--fp16_full_eval and --bf16_full_eval exclude each other: use one")
     need("lr_scheduler_type eval_strategy", a.lr_scheduler_type != "reduce_lr_on_plateau" or a.eval_strategy != "no",
          "--lr_scheduler_type reduce_lr_on_plateau needs evaluations to look at: give --eval_strategy steps or epoch")
+    full_eval, split = a.fp16_full_eval or a.bf16_full_eval, a.strategy in ("fsdp", "hsdp")
+    need("fp16_full_eval bf16_full_eval strategy", not (full_eval and split),
+         f"--fp16_full_eval and --bf16_full_eval cast whole weights, which --strategy {a.strategy} splits: use --bf16, or --strategy zero2")
+    need("cpu_offload strategy", not a.cpu_offload or a.strategy != "ddp", "--cpu_offload moves a rank's part of the optimizer: give a --strategy that has one")
+    need("accumulate_unsharded strategy", not a.accumulate_unsharded or a.strategy in ("zero2", "fsdp", "hsdp"),
+         f"--accumulate_unsharded is what --strategy {a.strategy} always does")
+    for name, value in (("hsdp_shard_size", a.hsdp_shard_size is None or a.strategy == "hsdp"),
+                        ("fsdp_transformer_layer_cls_to_wrap", a.fsdp_transformer_layer_cls_to_wrap is None or split),
+                        ("reshard_after_forward", a.reshard_after_forward or split)):
+        need(f"{name} strategy", value, f"--{name} does nothing with --strategy {a.strategy}: leave it away")
     for name in ("torch_compile_backend", "torch_compile_mode"):
         need(f"{name} torch_compile", a.torch_compile or getattr(a, name) is None, f"--{name} needs --torch_compile")
     return problems

@@ -1,36 +1,42 @@
 """Checkpoints: `output_dir/checkpoint-N` after update N, exact to the bit on resume, and complete whenever the name exists.
 
-    model.safetensors      weights under the bare model's names; a tied weight once
-    optimizer.safetensors  optimizer state, "parameter name.state name"
-    ema.safetensors        averaged weights, with --ema_decay
+    model.safetensors      weights under the bare model's names; a tied weight once. Above 5 GB: model-00001-of-0000N.safetensors
+                           and model.safetensors.index.json, as transformers names them
+    optimizer-R.safetensors  optimizer state that rank R holds, "parameter name.state name"; of a parameter that is split over
+                           ranks with the range of its flattened elements, "parameter name.state name[start:stop]"
+    ema-R.safetensors      averaged weights, with --ema_decay, by parameter name and range
     rng-R.json             random number generators of rank R: python, numpy, torch, cuda
     state.json             TrainState, callbacks, loss scale, the state of a plateau schedule, and the world size that wrote it
     args.json              the run's arguments
     manifest.json          written last: size and SHA-256 of every other file
 
-A checkpoint is written as `tmp-checkpoint-N` and renamed once, after all ranks are done. No file is ever unpickled.
+A checkpoint is written as `tmp-checkpoint-N` and renamed once, after all ranks are done. No file is ever unpickled. Any
+strategy on any number of ranks can go on from it: each rank reads the ranges that it holds.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distributed import World, rng_state, set_rng_state, set_seed, unwrap
-from optim import EMA
+from distributed import World, adopt_params, local_part, parts, rng_state, saves_parts, set_rng_state, set_seed, unwrap, whole
 from schedules import Plateau
 from state import Run, TrainState, UsageError
+from zero import Part
 
-FORMAT = 1     # of the folder, in its manifest
+FORMAT = 2     # of the folder, in its manifest
+MAX_FILE_BYTES = 5 * 10**9      # of weights in one file
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -48,16 +54,18 @@ def save_checkpoint(run: Run) -> str:
         if world.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-    moments, numbers = optimizer_state(unwrap(run.model), run.optimizer)
+    write_model(tmp, unwrap(run.model), world)
     with world.writing(tmp):
         write_json(tmp, f"rng-{world.rank}.json", rng_state())
-        if world.is_main:
-            write_tensors(tmp, "model.safetensors", model_tensors(unwrap(run.model)))
-            write_tensors(tmp, "optimizer.safetensors", moments)
+        if saves_parts(run.model, world):
+            write_tensors(tmp, f"optimizer-{world.rank}.safetensors", *optimizer_state(parts(run.model), run.optimizer))
             if run.ema is not None:
-                write_tensors(tmp, "ema.safetensors", {name: t.cpu().contiguous() for name, t in run.ema.averages.items()})
+                write_tensors(tmp, f"ema-{world.rank}.safetensors", dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
+        if world.is_main:
             write_json(tmp, "args.json", run.args.to_dict())
-            write_json(tmp, "state.json", {"state": run.state.to_dict(), "optimizer": numbers, "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
+            # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
+            optimizer = {"class": type(run.optimizer).__name__, "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
+            write_json(tmp, "state.json", {"state": run.state.to_dict(), "optimizer": optimizer, "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
                                            "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {},
                                            "world_size": world.world_size, "torch": torch.__version__})
     with world.writing(tmp):
@@ -74,43 +82,71 @@ def save_checkpoint(run: Run) -> str:
     return final
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by name. A weight with two names (tied) is kept under the first; views of one storage become copies."""
+def model_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own weights by name, whole or sharded. One with two names (tied) is kept under the first."""
+    weights: dict[str, Tensor] = {}
     seen: set[int] = set()
-    storages: set[int] = set()
-    tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.detach().clone() if storage in storages else tensor.detach().cpu().contiguous()
+        if id(tensor) not in seen:
+            weights[name] = tensor
         seen.add(id(tensor))
-        storages.add(storage)
-    return tensors
+    return weights
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """Optimizer state as "parameter name.state name": tensors, and numbers. What an optimizer keeps elsewhere it gives by
-    `get_extra_state`, as JSON values, under the number "extra"; "class" is its name."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors, numbers = {}, {"class": type(optimizer).__name__,
-                            "extra": optimizer.get_extra_state() if hasattr(optimizer, "get_extra_state") else None}
-    for p, state in optimizer.state.items():
-        for key, value in state.items():
+def write_model(folder: str, model: nn.Module, world: World) -> None:
+    """Rank 0 writes the weights, file by file; all ranks help to gather them, so all call this."""
+    files: list[list[str]] = [[]]
+    weights, size = model_weights(model), 0
+    for name, tensor in weights.items():
+        if files[-1] and size + tensor.nbytes > MAX_FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor.nbytes
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else ["model.safetensors"]
+    for file, content in zip(names, files):
+        tensors = {}
+        for name in content:
+            tensor = whole(weights[name])
+            if world.is_main:
+                tensors[name] = tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()    # clone: weights may share a buffer
+        with world.writing(folder):
+            if world.is_main:
+                write_tensors(folder, file, tensors)
+    with world.writing(folder):
+        if world.is_main and len(files) > 1:
+            write_json(folder, "model.safetensors.index.json", {"metadata": {"total_size": sum(t.nbytes for t in weights.values())},
+                                                                "weight_map": {name: file for file, content in zip(names, files) for name in content}})
+
+
+def name_part(part: Part, name: str, value: Tensor) -> tuple[str, Tensor]:
+    """How a tensor that belongs to a part is saved: as it is if the part is a whole parameter, else flat and with its range."""
+    value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return (name, value) if part.is_whole else (f"{name}[{part.start}:{part.start + value.numel()}]", value.flatten())
+
+
+def optimizer_state(held: list[Part], optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """This rank's optimizer state, "parameter name.state name": tensors, and numbers."""
+    tensors, numbers = {}, {}
+    for part in held:
+        for key, value in optimizer.state.get(part.piece, {}).items():
+            name = f"{part.name}.{key}"
             if isinstance(value, Tensor):
-                tensors[f"{names[id(p)]}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                name, value = name_part(part, name, value) if value.shape == part.piece.shape else (name, value.detach().cpu().clone())
+                tensors[name] = value
             elif value is None or isinstance(value, (int, float)):
-                numbers[f"{names[id(p)]}.{key}"] = value
+                numbers[name] = value
             else:
-                raise UsageError(f"the optimizer state {key!r} of {names[id(p)]} is a {type(value).__name__}, which only pickle could save: "
+                raise UsageError(f"the optimizer state {key!r} of {part.name} is a {type(value).__name__}, which only pickle could save: "
                                  f"use --save_strategy no, or another optimizer", 5)
     return tensors, numbers
 
 
-def write_tensors(folder: str, name: str, tensors: dict[str, Tensor]) -> None:
+def write_tensors(folder: str, name: str, tensors: dict[str, Tensor], numbers: dict | None = None) -> None:
+    """One file of tensors without empty ones; `numbers` go into its header."""
     path = os.path.join(folder, name)
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file({key: t.contiguous() for key, t in tensors.items() if t.numel()}, path, metadata={"format": "pt", "numbers": json.dumps(numbers or {})})
     except SafetensorError as error:   # a full disk, among others
         raise OSError(str(error)) from None
     os.chmod(path, 0o666 & ~current_umask())   # safetensors makes it readable by its owner alone
@@ -289,14 +325,17 @@ def load_checkpoint(run: Run, path: str) -> None:
     if the tensors are not those of this run's model and optimizer.
     """
     load_model(unwrap(run.model), path)
+    adopt_params(run.model)
     stored = read_json(path, "state.json")
-    load_optimizer(unwrap(run.model), run.optimizer, path, stored["optimizer"])
+    load_optimizer(run, path, stored["optimizer"])
     run.callbacks.load_states(stored["callbacks"])
     run.precision.load_state_dict(stored["scaler"])
     if isinstance(run.schedule, Plateau):
         run.schedule.load_state_dict(stored["schedule"])
-    if run.ema is not None:
-        load_averages(run.ema, path)
+    if run.ema is not None:     # a checkpoint without averages starts them at its weights
+        with PartFiles(path, "ema") as averages, PartFiles(path, "model") as weights:
+            for part in run.ema.parts:
+                part.piece.copy_((averages if part.name in averages.found else weights).read(part.name, part.start, part.piece))
     if run.world.is_main:
         copy_history(os.path.dirname(os.path.abspath(path)), run)
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
@@ -321,52 +360,92 @@ def copy_history(source: str, run: Run) -> None:
             copy.write(file.read(run.state.log_bytes))
 
 
+class PartFiles(contextlib.ExitStack):
+    """The tensors in `stem*.safetensors` of a checkpoint, of which any range of elements can be read by itself, wherever the
+    ranks that wrote it had cut. A context: files are open, and mapped, inside it."""
+
+    def __init__(self, path: str, stem: str):
+        super().__init__()
+        self.found: dict[str, list[tuple[int, int | None, str, object]]] = {}      # name -> (start, stop or None for all, key, file)
+        self.numbers: dict = {}
+        for name in sorted(os.listdir(path)):
+            if re.fullmatch(rf"{stem}(-.*)?\.safetensors", name):
+                file = self.enter_context(safe_open(os.path.join(path, name), framework="pt"))
+                self.numbers.update(json.loads((file.metadata() or {}).get("numbers", "{}")))
+                for key in file.keys():   # noqa: SIM118  a file is no dict
+                    base, start, stop = RANGE.fullmatch(key).groups()
+                    self.found.setdefault(base, []).append((int(start or 0), int(stop) if stop else None, key, file))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that was saved whole."""
+        _, _, key, file = self.found[name][0]
+        return tuple(file.get_slice(key).get_shape())
+
+    def read(self, name: str, first: int, like: Tensor, whole_shape=None) -> Tensor:
+        """The elements of the flattened tensor `name` from `first` on, as many as `like` has and in its shape. A tensor that was saved
+        whole in another shape than `whole_shape` belongs to the parameter as one, such as a step count: it is read as it is."""
+        last = first + like.numel()
+        pieces = []
+        for start, stop, key, file in sorted(self.found[name], key=lambda entry: entry[0]):
+            source = file.get_slice(key)
+            shape = source.get_shape()
+            if stop is None and whole_shape is not None and tuple(shape) != tuple(whole_shape):
+                return file.get_tensor(key)
+            if stop is None:        # whole: the rows of the first dimension that have the range
+                per_row = math.prod(shape[1:])
+                row = first // max(per_row, 1)
+                rows = source[row:-(-last // max(per_row, 1))] if shape else file.get_tensor(key)
+                return rows.flatten()[first - row * per_row:last - row * per_row].view(like.shape)
+            if start < last and first < stop:
+                pieces.append(source[max(first - start, 0):last - start])
+        return torch.cat(pieces).view(like.shape) if pieces else torch.empty_like(like)
+
+
+RANGE = re.compile(r"(.*?)(?:\[(\d+):(\d+)\])?")
+
+
 def load_model(model: nn.Module, path: str) -> None:
-    """Loads model.safetensors of a checkpoint folder into a bare model; names and shapes must match."""
-    tensors = load_file(os.path.join(path, "model.safetensors"))
-    check_tensors(path, "model.safetensors", {k: v.shape for k, v in model_tensors(model).items()},
-                  {k: v.shape for k, v in tensors.items()})
-    model.load_state_dict(tensors, strict=False)   # tied names are not in the file; all others were just checked
+    """Loads the weights of a checkpoint folder into a bare model, each rank its own part; names and shapes must match."""
+    weights = model_weights(model)
+    with PartFiles(path, "model") as files, torch.no_grad():
+        check_tensors(path, {k: tuple(v.shape) for k, v in weights.items()}, {k: files.shape(k) for k in files.found})
+        for name, tensor in weights.items():
+            local, start = local_part(tensor)
+            local.copy_(files.read(name, start, local))
 
 
-def load_averages(ema: EMA, path: str) -> None:
-    """Averages of the checkpoint; one saved without them starts the average at its weights."""
-    stored = "ema.safetensors" if os.path.exists(os.path.join(path, "ema.safetensors")) else "model.safetensors"
-    tensors = load_file(os.path.join(path, stored))
-    for name, average in ema.averages.items():
-        average.copy_(tensors[name])
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: str, numbers: dict) -> None:
-    names = {id(p): name for name, p in model.named_parameters()}
-    parts: dict[str, dict] = {}
-    extra, kind = numbers.pop("extra"), numbers.pop("class")
-    if kind != type(optimizer).__name__:
-        raise UsageError(f"{path} holds the state of {kind}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
+def load_optimizer(run: Run, path: str, stored: dict) -> None:
+    optimizer, held = run.optimizer, parts(run.model)
+    if stored["class"] != type(optimizer).__name__:
+        raise UsageError(f"{path} holds the state of {stored['class']}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
-    for key, value in {**load_file(os.path.join(path, "optimizer.safetensors")), **numbers}.items():
-        name, _, state_name = key.rpartition(".")
-        parts.setdefault(name, {})[state_name] = value
-    trained = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if unknown := sorted(parts.keys() - set(trained)):
-        raise UsageError(f"{path}/optimizer.safetensors has state of parameters that this run does not train: {unknown[:10]}", 3)
+    trained = {name for name, p in unwrap(run.model).named_parameters() if p.requires_grad}
+    states: dict[Tensor, dict] = {}
+    with PartFiles(path, "optimizer") as files:
+        names = files.found.keys() | files.numbers.keys()
+        if unknown := sorted({name.rpartition(".")[0] for name in names} - trained):
+            raise UsageError(f"{path} has optimizer state of parameters that this run does not train: {unknown[:10]}", 3)
+        for part in held:
+            for name in sorted(n for n in names if n.rpartition(".")[0] == part.name):
+                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else \
+                    files.read(name, part.start, part.piece, part.shape)
     packed = optimizer.state_dict()   # its groups hold the flags given now
-    packed["state"] = {index: parts[name] for index, name in enumerate(trained) if name in parts}
+    pieces = [p for group in optimizer.param_groups for p in group["params"]]
+    packed["state"] = {index: states[p] for index, p in enumerate(pieces) if p in states}
     optimizer.load_state_dict(packed)
-    for group in optimizer.param_groups:      # torch casts states to the dtype of their parameter, which is not always theirs
-        for p in group["params"]:
-            for key, value in parts.get(names[id(p)], {}).items():
-                if isinstance(value, Tensor) and value.dtype != optimizer.state[p][key].dtype:
-                    optimizer.state[p][key] = value.to(optimizer.state[p][key].device)
-    if extra is not None:
-        optimizer.set_extra_state(extra)
+    for p, state in states.items():     # torch casts states to the dtype of their parameter, which is not always theirs
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dtype != optimizer.state[p][key].dtype:
+                optimizer.state[p][key] = value.to(optimizer.state[p][key].device)
+    if stored["extra"] is not None:
+        optimizer.set_extra_state(stored["extra"])
 
 
-def check_tensors(path: str, name: str, expected: dict, found: dict) -> None:
+def check_tensors(path: str, expected: dict, found: dict) -> None:
     problems = [f"{key}: {tuple(found[key]) if key in found else 'missing'} in the file, "
                 f"{tuple(expected[key]) if key in expected else 'nothing'} in the model"
                 for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UsageError(f"{path}/{name} is of another model; give the model flags it was trained with:\n  "
+        raise UsageError(f"{path}/model.safetensors is of another model; give the model flags it was trained with:\n  "
                          + "\n  ".join(problems[:10]) + more, 3)

@@ -1,6 +1,6 @@
 """Ranks: the process group, who this process is (`World`), its randomness, and how a model is spread over ranks.
 
-To change the parallelism, change `parallelize`, `unwrap`, `set_grad_sync` and `clip_grads`.
+To change the parallelism, change `parallelize`, `shard_optimizer`, `grad_sync` and `clip_grads`; zero.py has ZeRO-1 and -2.
 One process has no process group; every function here then does nothing but return what it was given.
 """
 from __future__ import annotations
@@ -9,9 +9,14 @@ import atexit
 import contextlib
 import os
 import random
+import re
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from state import UsageError
+from zero import Part, Zero, fill_buckets, train_pieces, whole_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
+    device_mesh: DeviceMesh | None = None    # fsdp: ("shard",) over all ranks; hsdp: ("replicate", "shard")
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +110,11 @@ def open_store(rank: int, world_size: int) -> dist.Store:
 
 @contextlib.contextmanager
 def open_world(args) -> Iterator[World]:
-    """The world that torchrun started, or one process; the process group is always destroyed at the end."""
+    """The world that torchrun started, or one process; the process group is always destroyed at the end.
+
+    An error on one rank ends all of them: those that lose touch with it raise a UsageError with its message, or, when nobody
+    knows, with the collective that failed and the ranks that are silent (exit code 6).
+    """
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
     cuda = torch.cuda.is_available() and not args.use_cpu
     if cuda and local_rank >= torch.cuda.device_count():
@@ -112,19 +126,78 @@ def open_world(args) -> Iterator[World]:
     if args.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")   # cuBLAS needs it before its first call
         torch.use_deterministic_algorithms(True)
-    world = World(rank, local_rank, world_size, device)
     if world_size == 1:
-        yield world
+        yield World(rank, local_rank, world_size, device)
         return
+    store, timeout = open_store(rank, world_size), timedelta(seconds=args.ddp_timeout)
     # gloo carries the small host-side values, NCCL (where there are GPUs) the gradients
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=open_store(rank, world_size), rank=rank, world_size=world_size)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        yield world
+        yield World(rank, local_rank, world_size, device, open_mesh(args, rank, world_size, device, timeout))
+    except (Exception, KeyboardInterrupt) as error:
+        close_group()       # first, so that ranks that wait for this one notice
+        told = explain(error, rank, world_size, store, args.ddp_timeout)
+        if told is error:
+            raise
+        raise told from error
     finally:
+        close_group()
+
+
+def close_group() -> None:
+    if dist.is_initialized():
         # A DDP module may outlive the group and would then destroy it while holding the interpreter lock, which deadlocks
         # with gloo's threads when they still want it (seen): so the last reference has to be Python's, which lets go first.
         kept_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()   # leaving gloo without this aborts one exit in ten
+
+
+def open_mesh(args, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> DeviceMesh | None:
+    """The grid of ranks that fsdp and hsdp shard over: hsdp shards among --hsdp_shard_size neighbours and replicates those."""
+    size = args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if args.strategy == "hsdp" and (world_size % size or size in (1, world_size)):
+        raise UsageError(f"--strategy hsdp shards over --hsdp_shard_size={size} ranks (by default those of a host) and replicates that over "
+                         f"the others; {world_size} ranks are not at least 2 groups of at least 2: give a divisor, or use --strategy fsdp")
+    if args.strategy not in ("fsdp", "hsdp"):
+        return None
+    from torch.distributed.device_mesh import DeviceMesh
+    if args.strategy == "fsdp":
+        return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+    grid = torch.arange(world_size).view(-1, size)
+    mine = []
+    for groups in (grid.T, grid):       # new_group is a collective of all ranks; it would not inherit the timeout
+        opened_here = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in groups.tolist()}
+        mine += [group for ranks, group in opened_here.items() if rank in ranks]
+    return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
+
+
+ROLL_CALL_S = 10    # after a failure: how long ranks may take to say what they know
+
+
+def explain(error: BaseException, rank: int, world_size: int, store: dist.Store, timeout_s: float) -> BaseException:
+    """The error itself where it is this rank's own; where a peer was lost, what that one said, or who is silent."""
+    lost_peer = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+    ours = os.path.dirname(os.path.abspath(__file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    name = next((f.name for f in frames if f.filename.endswith("distributed_c10d.py")), "a reduction of gradients")
+    line = next((f"{os.path.basename(f.filename)}:{f.lineno}" for f in reversed(frames) if os.path.dirname(f.filename) == ours), "")
+    try:
+        store.set(f"left{rank}", "" if lost_peer else f"{type(error).__name__}: {error}")
+        if not lost_peer:
+            return error
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"left{r}" for r in range(world_size)], timedelta(seconds=ROLL_CALL_S))
+        told = {r: store.get(f"left{r}").decode() for r in range(world_size) if store.check([f"left{r}"])}
+    except dist.DistError:      # the store was kept by a rank that has gone
+        told = {rank: "", **{r: "" for r in range(1, world_size)}}
+    for r, message in told.items():
+        if message:
+            return UsageError(f"rank {rank} stops in {name} ({line}): rank {r} failed with {message}", 1)
+    silent = [r for r in range(world_size) if r not in told]
+    what = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} did not answer: dead, stopped, or busy for longer than " \
+           f"--ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \
+           "only some ranks run"
+    return UsageError(f"rank {rank} lost touch in {name} ({line}): {what}. {str(error).splitlines()[0]}", 6)
 
 
 def set_seed(seed: int) -> None:
@@ -152,31 +225,293 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
-def parallelize(model: nn.Module, world: World) -> nn.Module:
-    """The model on this rank's device, wrapped so that backward averages its gradients over ranks."""
+def initial_device(args, world: World) -> contextlib.AbstractContextManager:
+    """Where to build a model: on the meta device, without memory, if it will be sharded; `parallelize` then fills the shards."""
+    return torch.device("meta") if world.device_mesh is not None else contextlib.nullcontext()
+
+
+def parallelize(model: nn.Module, args, world: World) -> nn.Module:
+    """The model on this rank's device, spread as --strategy says. All ranks start from rank 0's weights.
+
+    With it backward gives the mean over ranks of each gradient. `unwrap` is the model itself.
+    """
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("the model has no trainable parameter: give one that has, or set requires_grad on those to train")
-    model = model.to(world.device)
     if world.world_size == 1:
-        return model
+        return model.to(world.device)
+    if args.strategy in ("fsdp", "hsdp"):
+        return FullySharded(model, args, world)
+    model = model.to(world.device)
+    if args.strategy != "ddp":
+        broadcast_weights(model)
+        return Zero(model, world, args.strategy == "zero2" and not args.accumulate_unsharded, int(args.ddp_bucket_cap_mb * 2**20), args.cpu_offload)
     from torch.nn.parallel import DistributedDataParallel  # imports torch._dynamo: a second that one process need not pay
-    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")      # all used: so much the better
+    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None, gradient_as_bucket_view=True,
+                                   find_unused_parameters=args.ddp_find_unused_parameters, bucket_cap_mb=args.ddp_bucket_cap_mb)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module: what is evaluated, saved and generated from."""
-    return model.module if type(model).__name__ == "DistributedDataParallel" else model
+    return model.module if is_split(model) or type(model).__name__ == "DistributedDataParallel" else model
 
 
-def set_grad_sync(model: nn.Module, last: bool) -> None:
-    """Whether the next backward reduces gradients: ddp does so once per window, in its last micro-batch."""
-    if unwrap(model) is not model:
+def is_split(model: nn.Module) -> bool:
+    return isinstance(model, (Zero, FullySharded))
+
+
+def shard_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimizer that was built on the bare model train only what this rank holds: see `parts`."""
+    if is_split(model):
+        model.shard(optimizer)
+
+
+def parts(model: nn.Module) -> list[Part]:
+    """What this rank's optimizer trains, as plain tensors, in the order of the model's parameters."""
+    if is_split(model):
+        return model.parts
+    return [Part(name, p, 0, p.shape) for name, p in unwrap(model).named_parameters() if p.requires_grad]
+
+
+def saves_parts(model: nn.Module, world: World) -> bool:
+    """Whether this rank's parts belong into a checkpoint: not if another rank holds the same."""
+    if isinstance(model, FullySharded) and world.device_mesh.ndim == 2:
+        return world.device_mesh.get_local_rank("replicate") == 0
+    return world.is_main or is_split(model)
+
+
+@contextlib.contextmanager
+def grad_sync(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around forward and backward of one micro-batch: reduces gradients when the strategy does. ddp, zero1: in the last of a window."""
+    if is_split(model):
+        with model.grad_sync(last):
+            yield
+    elif unwrap(model) is model:
+        yield
+    else:
         model.require_backward_grad_sync = last
+        yield
+        if last and not model.find_unused_parameters:
+            check_all_used(model)
+
+
+def check_all_used(ddp: nn.Module) -> None:
+    """DDP would wait for a gradient that does not come, and name it by a number."""
+    try:
+        ddp._check_reducer_finalized()      # private; without it DDP itself complains in the next forward
+    except AttributeError:
+        return
+    except RuntimeError as error:
+        names = [name for name, p in ddp.module.named_parameters() if p.requires_grad]
+        numbers = re.search(r"indices which did not receive grad for rank \d+: ([\d ]+)", str(error))
+        found = [names[int(i)] for i in numbers[1].split()] if numbers else ["(DDP does not say which)"]
+        raise UsageError(f"the loss does not use the parameter{'s' * (len(found) > 1)} {', '.join(found[:5])}: leave --ddp_find_unused_parameters "
+                         f"at True, or set requires_grad to False on what is never trained") from None
+
+
+def sync_params(model: nn.Module) -> None:
+    """Call when pieces were changed by anything but the optimizer's step, and after an evaluation: the model follows."""
+    if is_split(model):
+        model.gather()
+
+
+def adopt_params(model: nn.Module) -> None:
+    """Call when weights of the model were loaded: the pieces follow."""
+    if is_split(model):
+        model.adopt()
 
 
 def clip_grads(model: nn.Module, max_norm: float) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most max_norm (0: leaves them). Returns the norm before, ()."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    if max_norm == 0:
-        return nn.utils.get_total_norm([p.grad for p in parameters])
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    parameters = [part.piece for part in model.parts] if is_split(model) else list(model.parameters())
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if is_split(model):         # that is the norm of this rank's pieces, of which there may be none
+        square = norm.to(model.world.device, torch.float64) ** 2
+        dist.all_reduce(square, group=model.group)
+        norm = square.sqrt().to(torch.promote_types(torch.float32, next(model.parameters()).dtype))
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """The plain tensor that this rank holds of a weight of the model, and its first element in the flattened whole."""
+    if not hasattr(tensor, "to_local"):     # no DTensor
+        return tensor.detach(), 0
+    rows, ranks = tensor.shape[0], tensor.device_mesh["shard"].size()
+    first = min(rows, tensor.device_mesh.get_local_rank("shard") * -(-rows // ranks))      # rows are cut as torch.chunk does
+    return tensor.detach().to_local(), first * (tensor.numel() // max(rows, 1))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A weight of the model as one plain tensor on every rank; all ranks have to call it."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def broadcast_weights(model: nn.Module) -> None:
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), 0)
+
+
+class FullySharded(nn.Module):
+    """FSDP2, which is ZeRO-3 (Rajbhandari et al. 2020, section 5.3; Zhao et al. 2023): weights, gradients and optimizer state are
+    split, and a block's weights are gathered when forward or backward gets to it. hsdp: split within a group of ranks only."""
+
+    def __init__(self, module: nn.Module, args, world: World):
+        super().__init__()
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        self.module, self.world, self.group = module, world, world.device_mesh["shard"].get_group()
+        self.every_micro_batch = not args.accumulate_unsharded
+        on_meta = any(p.is_meta for p in module.parameters())
+        if not on_meta:
+            broadcast_weights(module)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        options = {"mesh": world.device_mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
+                   "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if args.cpu_offload else OffloadPolicy()}
+        for unit in find_units(module, args.fsdp_transformer_layer_cls_to_wrap):
+            fully_shard(unit, reshard_after_forward=args.reshard_after_forward, **options)
+        fully_shard(module, **options)      # the rest; the root stays gathered from forward to backward
+        module.set_reduce_scatter_unused_params(True)       # or ranks that use different parameters would reduce different ones
+        if on_meta:
+            materialize(module, torch.device("cpu") if args.cpu_offload else world.device)
+        # taken before the first forward: after one, a module may hold gathered weights in their place
+        self.sharded = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parts: list[Part] = []
+        self.exchanges: list[Exchange] = []
+        self.used: set[str] = set()
+        self.units = [(name, unit) for name, unit in module.named_modules() if hasattr(unit, "reshard")]
+        for name, unit in self.units:
+            self.watch(name, unit)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def watch(self, unit_name: str, unit: nn.Module) -> None:
+        """Has the unit's parameters note that a gradient came. They exist, gathered, from its first forward on."""
+        def attach(*_) -> None:
+            handle.remove()
+            for name, p in unit.named_parameters(unit_name):
+                if name in self.sharded and not hasattr(p, "to_local"):
+                    p.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
+        handle = unit.register_forward_pre_hook(attach)
+
+    def shard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives the optimizer this rank's shards to train, and of parameters that must not be cut every N-th one whole."""
+        together = whole_parameters(optimizer)
+        names = {p: name for name, p in self.sharded.items()}
+        self.shards = {name: nn.Parameter(local_part(p)[0]) for name, p in self.sharded.items() if p not in together}
+        for parameters in fill_buckets([p for p in names if p in together], together, self.group.size(), 0):
+            self.exchanges.append(Exchange([names[p] for p in parameters], parameters, self.group))
+        pieces = self.shards | {exchange.name: exchange.piece for exchange in self.exchanges if exchange.name}
+        self.parts = [Part(name, pieces[name], local_part(p)[1] if name in self.shards else 0, p.shape)
+                      for name, p in self.sharded.items() if name in pieces]
+        self.adopt()
+        train_pieces(optimizer, {self.sharded[name]: piece for name, piece in pieces.items()})
+        if self.exchanges:
+            optimizer.register_step_post_hook(lambda *_: self.gather())
+
+    @contextlib.contextmanager
+    def grad_sync(self, last: bool) -> Iterator[None]:
+        """Around one micro-batch."""
+        self.module.set_requires_gradient_sync(last or self.every_micro_batch)
+        self.module.set_requires_all_reduce(last)       # hsdp: between the groups only once per window
+        yield
+        if last:
+            self.give_grads()
+
+    def give_grads(self) -> None:
+        """Gives the pieces their gradients. A parameter that no rank has used has none, so it is left as it is."""
+        used = dict(zip(self.sharded, self.world.max(*(name in self.used for name in self.sharded))))
+        grads = {name: None if p.grad is None else p.grad.to_local() for name, p in self.sharded.items()}
+        for name, piece in self.shards.items():
+            piece.data, piece.grad = local_part(self.sharded[name])[0], grads[name] if used[name] else None
+        for exchange in self.exchanges:
+            whole_grad = exchange.to_owners([grads[name] for name in exchange.names])
+            exchange.piece.grad = whole_grad if used.get(exchange.name) else None
+        for p in self.sharded.values():
+            p.grad = None
+        self.used.clear()
+
+    def gather(self) -> None:
+        """Weights are gathered where they are used. Here whole matrices go back to their shards, and what an evaluation has left
+        gathered is let go."""
+        for exchange in self.exchanges:
+            exchange.to_shards()
+        for _, unit in self.units:
+            unit.reshard()
+
+    def adopt(self) -> None:
+        """Brings whole matrices up to date with their shards; the other pieces are the shards."""
+        for exchange in self.exchanges:
+            exchange.piece.data = exchange.to_owners([local_part(p)[0] for p in exchange.parameters])
+
+
+class Exchange:
+    """Up to N sharded parameters of one shape on N ranks, each of which updates one of them as a whole (Muon, Adafactor).
+
+    An all-to-all brings each rank the shards of its parameter's gradient; after the update another brings the weights back.
+    """
+
+    def __init__(self, names: list[str], parameters: list[Tensor], group):
+        self.names, self.parameters, self.group, self.shape = names, parameters, group, parameters[0].shape
+        self.name = names[group.rank()] if group.rank() < len(names) else ""       # of this rank's parameter
+        self.piece = nn.Parameter(local_part(parameters[0])[0].new_zeros(self.shape))
+        self.rows = -(-self.shape[0] // group.size())       # of a shard; the last ones may have fewer
+
+    def swap(self, rows: Tensor) -> Tensor:
+        """rows[j] of this rank, in (N, rows, ...), goes to rank j; what comes from rank j has its place."""
+        received = torch.empty_like(rows)
+        dist.all_to_all_single(received, rows, group=self.group)
+        return received
+
+    def to_owners(self, shards: list[Tensor | None]) -> Tensor:
+        """This rank's shards of all parameters -> the whole of its own one."""
+        rows = self.piece.new_zeros(self.group.size(), self.rows, *self.shape[1:])
+        for row, shard in zip(rows, shards):
+            if shard is not None:
+                row[:len(shard)] = shard
+        return self.swap(rows).flatten(0, 1)[:self.shape[0]]
+
+    def to_shards(self) -> None:
+        """The whole of this rank's parameter -> everybody's shards of it."""
+        rows = self.piece.new_zeros(self.group.size() * self.rows, *self.shape[1:])
+        rows[:self.shape[0]] = self.piece.detach()
+        for p, row in zip(self.parameters, self.swap(rows.view(self.group.size(), self.rows, *self.shape[1:]))):
+            shard = local_part(p)[0]
+            shard.copy_(row[:len(shard)])
+
+
+def find_units(model: nn.Module, class_names: str | None) -> list[nn.Module]:
+    """What FSDP gathers at a time: the modules of the classes named, or .blocks, or those a transformers model does not split.
+
+    Inner ones first, as fully_shard wants them; none: the whole model is one unit.
+    """
+    if class_names is None and hasattr(model, "blocks"):
+        return list(model.blocks)
+    names = getattr(model, "_no_split_modules", None) or () if class_names is None else class_names.split(",")
+    units = [m for m in model.modules() if type(m).__name__ in names and m is not model]
+    if class_names is not None and not units:
+        raise UsageError(f"--fsdp_transformer_layer_cls_to_wrap {class_names}: the model has no module of that class; it has "
+                         f"{', '.join(sorted({type(m).__name__ for m in model.modules()}))}")
+    return units[::-1]
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Gives a model from the meta device the weights it would have had without: each module draws its own, whole, by
+    reset_parameters, in the order in which modules are built, and this rank keeps its part. One module is whole at a time."""
+    model.to_empty(device=device)
+    for name, module in model.named_modules():
+        sharded = dict(module.named_parameters(recurse=False))
+        if not sharded and not any(True for _ in module.buffers(recurse=False)):
+            continue
+        if not hasattr(module, "reset_parameters"):
+            raise UsageError(f"{name or 'the model'} ({type(module).__name__}) was built on the meta device and has no reset_parameters() to give it "
+                             f"weights: define one, or build the model outside of torch.device('meta')")
+        for key, p in sharded.items():
+            module.register_parameter(key, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+        module.reset_parameters()
+        for key, p in sharded.items():
+            local, start = local_part(p)
+            local.copy_(module.get_parameter(key).detach().flatten()[start:start + local.numel()].view(local.shape))
+            module.register_parameter(key, p)

@@ -4,12 +4,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distributed import World, rng_state, set_rng_state, unwrap
+from distributed import World, rng_state, set_rng_state, sync_params, unwrap
 from state import Batch, LossFn, Run, UsageError
 
 PredictFn = Callable[[nn.Module, Batch], Tensor]   # (model, micro-batch) -> predictions (B, ...)
@@ -24,19 +25,21 @@ def model_outputs(model: nn.Module, batch: Batch) -> Tensor:
 @contextlib.contextmanager
 def evaluating(run: Run) -> Iterator[nn.Module]:
     """The bare model in eval mode without gradients, with averaged weights if there are (--ema_decay); its modes, its weights
-    and all random generators are put back afterwards."""
-    model, optimizer, rng = unwrap(run.model), run.optimizer, rng_state()
+    and all random generators are put back afterwards. All ranks enter it, and call the model equally often."""
+    model, optimizer, rng, sync = unwrap(run.model), run.optimizer, rng_state(), partial(sync_params, run.model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
-    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place()
+        sync()
+    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place(sync)
     try:
         with torch.no_grad(), averaged, run.precision.evaluation_weights(model, run.state.in_training):
             yield model
     finally:
         if hasattr(optimizer, "train"):
             optimizer.train()
+        sync()
         for module, training in modes:
             module.training = training
         set_rng_state(rng)
@@ -56,9 +59,10 @@ def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tenso
     with evaluating(run) as model:
         for batch in loader.epoch():
             inputs = to_device(batch, world.device)
-            if batch["num_samples"]:
-                with run.precision.autocast():
-                    loss_sum = loss_sum + loss_fn(model, inputs).double()     # on the device: no sync per batch
+            with run.precision.autocast():
+                loss = loss_fn(model, inputs)
+            if batch["num_samples"]:        # filler has no weight
+                loss_sum = loss_sum + loss.double()     # on the device: no sync per batch
             if compute_metrics is not None:
                 with run.precision.autocast():
                     predictions = predict_fn(model, inputs)

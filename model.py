@@ -14,12 +14,36 @@ from loss import head_cross_entropy
 from state import UsageError
 
 
+class Linear(nn.Linear):
+    """Without bias. Unit-variance outputs from unit-variance inputs at the start, or zeros.
+
+    reset_parameters is what PyTorch calls when a layer is built, and what gives one from the meta device its weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, zero: bool = False):
+        self.zero = zero
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        if self.zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.in_features ** -0.5)
+
+
+class Embedding(nn.Embedding):
+    """Starts with half of unit variance."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.5)
+
+
 class Attention(nn.Module):
     def __init__(self, n_embd: int, n_head: int, dropout: float):
         super().__init__()
         self.head_dim, self.dropout = n_embd // n_head, dropout
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
-        self.out = nn.Linear(n_embd, n_embd, bias=False)
+        self.qkv = Linear(n_embd, 3 * n_embd)
+        self.out = Linear(n_embd, n_embd, zero=True)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         B, T, _ = x.shape
@@ -44,12 +68,14 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to its input; the identity at the start."""
+
     def __init__(self, n_embd: int, n_head: int, dropout: float):
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(n_embd), nn.RMSNorm(n_embd)
         self.attn = Attention(n_embd, n_head, dropout)
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.up = Linear(n_embd, 4 * n_embd)
+        self.down = Linear(4 * n_embd, n_embd, zero=True)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -67,15 +93,11 @@ class GPT(nn.Module):
                  label_smoothing: float = 0.0):
         super().__init__()
         self.vocab_size, self.block_size, self.label_smoothing = vocab_size, block_size, label_smoothing
-        self.embed = nn.Embedding(vocab_size, n_embd)
+        self.embed = Embedding(vocab_size, n_embd)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.norm = nn.RMSNorm(n_embd)
-        self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.apply(init_weights)
-        for block in self.blocks:   # each block starts as the identity
-            nn.init.zeros_(block.attn.out.weight)
-            nn.init.zeros_(block.down.weight)
+        self.head = Linear(n_embd, vocab_size)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.dropout(self.embed(input_ids))                                             # (B, T, C)
@@ -86,14 +108,6 @@ class GPT(nn.Module):
         if labels is None:
             return self.head(x)                                                             # (B, T, V)
         return head_cross_entropy(x, self.head.weight, labels, self.label_smoothing)        # ()
-
-
-def init_weights(module: nn.Module) -> None:
-    """Unit-variance outputs from unit-variance inputs; half that for embeddings."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.5)
 
 
 def build_model(args: TrainArgs) -> GPT:

@@ -1,10 +1,13 @@
-"""Optimizers and their parameter groups. To use another one, return it from `build_optimizer`."""
+"""Optimizers and their parameter groups. To use another one, return it from `build_optimizer`.
+
+Sharding (zero.py) cuts parameters anywhere if an optimizer is `elementwise`, unless a group says "whole".
+"""
 from __future__ import annotations
 
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from args import TrainArgs
 from state import UsageError
+from zero import Part
 
 # parameters without weight decay, by name, as in the HF Trainer
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -125,6 +129,8 @@ class Lion(torch.optim.Optimizer):
     """Steps by the sign of an interpolated momentum. Chen et al. 2023, algorithm 2: use a 3-10 times smaller learning rate
     than AdamW's and as much larger weight decay (section 5)."""
 
+    elementwise = True
+
     def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
@@ -158,9 +164,9 @@ class MuonAdamW(torch.optim.Optimizer):
             raise UsageError("--optim muon found no matrix inside a numbered layer (such as blocks.0.up.weight): use another optimizer")
         chosen = {id(p) for p in hidden}
         decayed["params"] = [p for p in decayed["params"] if id(p) not in chosen]
-        self.muon = torch.optim.Muon([{"params": hidden}], lr=lr, weight_decay=weight_decay,
+        self.muon = torch.optim.Muon([{"params": hidden, "whole": True}], lr=lr, weight_decay=weight_decay,
                                      **{"adjust_lr_fn": "match_rms_adamw", **muon})
-        self.adamw = torch.optim.AdamW([decayed, plain], lr=lr, betas=betas, eps=eps, fused=True)
+        self.adamw = torch.optim.AdamW([{**decayed, "whole": False}, {**plain, "whole": False}], lr=lr, betas=betas, eps=eps, fused=True)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self.share()
 
@@ -182,26 +188,30 @@ class MuonAdamW(torch.optim.Optimizer):
 class EMA:
     """Exponential moving average of the trained weights, taken after every update (Polyak and Juditsky 1992).
 
-    average = decay * average + (1 - decay) * weight, in float32 at least.
+    average = decay * average + (1 - decay) * weight, in float32 at least. Each rank averages the parts that it trains.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.averages = {name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self.weights.items()}
+    def __init__(self, parts: list[Part], decay: float):
+        self.parts = [part._replace(piece=part.piece.detach().to(torch.promote_types(part.piece.dtype, torch.float32), copy=True)) for part in parts]
+        self.trained = [part.piece for part in parts]
         self.average = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        averages = list(self.averages.values())
-        self.average(averages, [p.detach().to(a.dtype) for p, a in zip(self.weights.values(), averages)], None)
+        averages = [part.piece for part in self.parts]
+        self.average(averages, [p.detach().to(a.dtype) for p, a in zip(self.trained, averages)], None)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model has the averages for weights, to evaluate them; then its own again."""
-        kept = {name: p.data for name, p in self.weights.items()}
-        for name, p in self.weights.items():
-            p.data = self.averages[name].to(p.dtype)
+    def in_place(self, sync: Callable[[], None]) -> Iterator[None]:
+        """The pieces have the averages for weights, to evaluate them; then their own again. `sync`: has the model follow."""
+        kept = [p.detach().clone() for p in self.trained]
+        self.set([part.piece for part in self.parts], sync)
         try:
             yield
         finally:
-            for name, p in self.weights.items():
-                p.data = kept[name]
+            self.set(kept, sync)
+
+    @torch.no_grad()
+    def set(self, values: list[Tensor], sync: Callable[[], None]) -> None:
+        for p, value in zip(self.trained, values):
+            p.copy_(value)
+        sync()

@@ -61,11 +61,15 @@ class Precision:
         """
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         if self.scaler is not None:             # the scaler waits for the device anyhow
-            if torch.isfinite(loss):
-                self.scaler.step(optimizer)     # does nothing where gradients have overflowed
+            if finite:
+                self.scaler.step(optimizer)
                 self.scaler.update()
-            else:
-                self.scaler.update(self.scaler.get_scale())     # forget these gradients; the scale was not to blame
+            else:       # not by the scaler's own search: it has seen this rank's gradients only, and all ranks have to agree
+                state = self.scaler.state_dict()
+                if torch.isfinite(loss):        # or else the scale was not to blame
+                    state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
+                self.scaler.load_state_dict(state)
+                self.scaler.update(state["scale"])      # forgets these gradients
         elif self.device_skips(optimizer):
             optimizer.found_inf = (~finite).float()
             optimizer.step()

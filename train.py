@@ -15,7 +15,7 @@ from callbacks import Callbacks, ProgressCallback
 from checkpoint import find_checkpoint, load_checkpoint, load_state
 from collators import default_collator
 from data import Loader, build_data
-from distributed import World, open_world, parallelize, set_seed, unwrap
+from distributed import World, initial_device, open_world, parallelize, parts, set_seed, shard_optimizer, unwrap
 from evalloop import evaluating
 from loop import plan, train, windows
 from loss import compute_loss
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
         checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data
-        model = build_model(args)                             # model.py       <- your model
+        with initial_device(args, world):                     # no rank ever holds all of a model that is sharded
+            model = build_model(args)                         # model.py       <- your model
         run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, checkpoint=checkpoint,
                                                   make_optimizer=make_optimizer)
         print_summary(run, train_loader, eval_loader, data.about)
@@ -76,11 +77,12 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
                           torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None)
     precision.check_model(model)
     adapt(model, args)                                        # adapters.py    before wrapping
-    model = parallelize(model, world)                         # distributed.py <- your parallelism
+    model = parallelize(model, args, world)                   # distributed.py <- your parallelism
     optimizer = make_optimizer(unwrap(model), args)           # optim.py       <- your optimizer; after wrapping
+    shard_optimizer(model, optimizer)                         # zero.py        from here on it trains this rank's parts
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
     run = Run(args, world, model, optimizer, schedule, precision, state, Callbacks([*progress, *callbacks]),
-              None if args.ema_decay is None else EMA(unwrap(model), args.ema_decay))
+              None if args.ema_decay is None else EMA(parts(model), args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)                      # checkpoint.py  random generators and data position too
@@ -105,7 +107,7 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
     print0(world, f"data: {about}\n"
            f"samples: {count(train_loader)} of {args.block_size} tokens, held out: {count(eval_loader)}\n"
            f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.world_size:,} samples = "
-           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.world_size}\n"
+           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.world_size}{f', {args.strategy}' * (world.world_size > 1)}\n"
            f"model: {parameters:,} trainable parameters on {world.device}, "
            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} per rank")
 
@@ -114,7 +116,7 @@ def print_sample(run: Run, train_set) -> None:
     """A sample of what the model writes after the first byte of the data, and where everything is."""
     args, state, world = run.args, run.state, run.world
     saved = f"{args.output_dir}/checkpoint-{state.global_step}"
-    if args.sample_length and world.is_main:
+    if args.sample_length:      # on all ranks, of which each may hold a part of the model
         first = next(iter(train_set)) if run.args.streaming else train_set[0]
         try:
             with evaluating(run) as model:       # the averaged weights, with --ema_decay
@@ -122,7 +124,7 @@ def print_sample(run: Run, train_set) -> None:
             text = bytes(t for t in tokens[1:].tolist() if t < 256).decode(errors="replace")
         except UsageError as error:     # the run has ended well all the same
             text = str(error)
-        print(f"--- a sample of {args.sample_length} bytes\n{text}\n---")
+        print0(world, f"--- a sample of {args.sample_length} bytes\n{text}\n---")
     print0(world, f"saved in {args.output_dir}: metrics.jsonl" + (f", checkpoint-{state.global_step}\nto write more: python -m tools.generate "
                                                                  f"{saved} --prompt 'def '" if os.path.isdir(saved) else ""))
 

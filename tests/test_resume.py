@@ -310,7 +310,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(ranks, tmp_path):
 def test_no_file_of_a_checkpoint_needs_unpickling(tmp_path):
     finish(tmp_path, max_steps=1)
     names = sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir())
-    assert names == ["args.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "rng-0.json", "state.json"]
+    assert names == ["args.json", "manifest.json", "model.safetensors", "optimizer-0.safetensors", "rng-0.json", "state.json"]
     assert json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())["state"]["global_step"] == 1
 
 
@@ -357,6 +357,6 @@ def test_a_killed_process_leaves_a_run_that_resumes_exactly(tmp_path):
     part.kill()
     assert part.wait() == -signal.SIGKILL
     subprocess.run([*command, "--output_dir", tmp_path / "part", "--resume_from_checkpoint", "auto"], check=True, capture_output=True)
-    for name in ("model.safetensors", "optimizer.safetensors", "rng-0.json"):
+    for name in ("model.safetensors", "optimizer-0.safetensors", "rng-0.json"):
         assert (tmp_path / "part/checkpoint-200" / name).read_bytes() == (tmp_path / "whole/checkpoint-200" / name).read_bytes()
     assert [timeless(row) for row in rows(tmp_path / "part")] == [timeless(row) for row in rows(tmp_path / "whole")]

@@ -10,7 +10,7 @@ import torch
 
 from args import TrainArgs
 from collators import default_collator
-from distributed import open_world, set_seed, unwrap
+from distributed import open_world, set_seed, unwrap, whole
 from loop import train
 from loss import compute_loss
 from model import GPT
@@ -61,25 +61,31 @@ def arguments(output_dir, **changes) -> TrainArgs:
 
 
 @contextlib.contextmanager
-def toy_run(args: TrainArgs, model=None, train_set=None, eval_set=None, collate=default_collator, callbacks=()):
+def toy_run(args: TrainArgs, model=None, train_set=None, eval_set=None, collate=default_collator, callbacks=(), **parts):
     """(run, train_loader, eval_loader) of a small run, silent, in the world of the environment."""
     model = gpt() if model is None else model
     train_set = sequences(8) if train_set is None else train_set
     with open_world(args) as world:
-        assembled = assemble(args, world, model, train_set, eval_set, collate, callbacks)
+        assembled = assemble(args, world, model, train_set, eval_set, collate, callbacks, **parts)
         assembled[0].callbacks.callbacks = list(callbacks)      # no bar
         yield assembled
 
 
 def run_training(args: TrainArgs, loss_fn=compute_loss, **parts):
     """Trains a small run to its end; returns it."""
+    return train_and(args, lambda run: run, loss_fn, **parts)
+
+
+def train_and(args: TrainArgs, look, loss_fn=compute_loss, **parts):
+    """Trains a small run to its end; returns look(run), which every rank calls while the ranks are still together."""
     with toy_run(args, **parts) as (run, train_loader, eval_loader):
         train(run, train_loader, eval_loader, loss_fn)
-    return run
+        return look(run)
 
 
 def weights(run) -> dict[str, np.ndarray]:
-    return {name: p.detach().numpy().copy() for name, p in unwrap(run.model).named_parameters()}
+    """All weights, whole, as rank 0 would save them; under fsdp every rank has to call it."""
+    return {name: whole(p).numpy().copy() for name, p in unwrap(run.model).named_parameters()}
 
 
 def flat(run) -> np.ndarray:

@@ -6,10 +6,9 @@ import os
 import sys
 
 import torch
-from safetensors.torch import load_file
 
 from args import TrainArgs
-from checkpoint import find_damage, load_model, read_json
+from checkpoint import PartFiles, find_damage, load_model, read_json
 from model import build_model, generate
 from state import UsageError
 
@@ -30,8 +29,10 @@ def main(argv: list[str] | None = None) -> str:
     known = TrainArgs().to_dict().keys()
     model = build_model(TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known}))
     load_model(model, flags.checkpoint)
-    if os.path.exists(os.path.join(flags.checkpoint, "ema.safetensors")):
-        model.load_state_dict(load_file(os.path.join(flags.checkpoint, "ema.safetensors")), strict=False)   # what evaluations saw
+    with PartFiles(flags.checkpoint, "ema") as averages:       # what evaluations saw, if there are any
+        for name, p in model.named_parameters():
+            if name in averages.found:
+                p.data.copy_(averages.read(name, 0, p))
     prompt = torch.tensor([*os.fsencode(flags.prompt)] or [0])
     if int(prompt.max()) >= model.vocab_size:
         raise UsageError(f"--prompt has byte {int(prompt.max())}; the model knows 0..{model.vocab_size - 1}")

@@ -1,0 +1,221 @@
+"""ZeRO: each rank updates its part of the weights, with its part of the optimizer state. Rajbhandari et al. 2020, section 5.
+
+N ranks train one model of P parameters on different samples. Under DDP all of them hold all states and make the same update
+N times. Adam in float32 takes 4P bytes of weights, 4P of gradients and 8P of moments. One reduction of G micro-batches is:
+
+            gradients                              update   weights                     bytes held per rank
+    ddp     all-reduce once per window             all      as they are                 4P   + 4P   + 8P
+    zero1   reduce-scatter once per window         1/N      all-gather after it         4P   + 4P   + 8P/N
+    zero2   reduce-scatter every micro-batch       1/N      all-gather after it         4P   + 4P/N + 8P/N
+    fsdp    reduce-scatter every micro-batch       1/N      gathered where used         4P/N + 4P/N + 8P/N   (distributed.py)
+
+An all-reduce is a reduce-scatter and an all-gather: zero1 sends what ddp sends (section 7.1), 2P (N - 1)/N elements.
+
+Weights are laid out in flat buckets of one chunk per rank; a chunk may begin and end inside a parameter. What this rank owns of
+a parameter is a plain tensor, its piece, and the optimizer trains pieces. An update that looks at one element at a time, as
+Adam's does, cannot tell. Any other, such as Muon's or Adafactor's, gets buckets of N parameters of one shape, each parameter
+whole in the chunk of one rank.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from state import UsageError
+
+if TYPE_CHECKING:
+    from distributed import World
+
+# torch's optimizers that update each element by itself; others say so by an attribute, elementwise = True
+ELEMENTWISE = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop"))
+# torch 2.13 gave these their names; before, the same functions had others
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Part(NamedTuple):
+    """What this rank's optimizer trains of a parameter: `piece`, the elements from `start` of the flattened whole of `shape`."""
+
+    name: str
+    piece: Tensor
+    start: int
+    shape: torch.Size
+
+    @property
+    def is_whole(self) -> bool:
+        return self.piece.numel() == self.shape.numel()
+
+
+class Bucket:
+    """Parameters that are reduced together, last ones of the model first, as backward gets to them.
+
+    flat (world_size * chunk,) holds their weights, `mine` (chunk,) is this rank's part of it, and `held` is what the optimizer
+    updates: `mine`, or a copy on the CPU (ZeRO-Offload, Ren et al. 2021).
+    """
+
+    def __init__(self, parameters: list[Tensor], whole: bool, rank: int, world_size: int, offload: bool):
+        self.parameters = parameters
+        sizes = [p.numel() for p in parameters]
+        self.offsets = [0, *accumulate(sizes)][:-1]
+        chunk = sizes[0] if whole else -(-sum(sizes) // world_size)     # the last chunks may have padding
+        self.flat = parameters[0].detach().new_zeros(chunk * world_size)
+        for p, slot in zip(parameters, self.slots(self.flat)):
+            p.data = slot.copy_(p.detach())
+        self.first = rank * chunk
+        self.mine = self.flat[self.first:self.first + chunk]
+        self.held = self.mine.to("cpu", copy=True) if offload else self.mine
+        self.pieces = [nn.Parameter(piece) for _, _, piece in self.cut(self.held)]
+        self.used = [False] * len(parameters)       # in this window, by this rank's loss
+        self.arrived: set[int] = set()              # in this backward
+        self.buffer = self.work = self.grad = None
+
+    def slots(self, flat: Tensor) -> list[Tensor]:
+        """Views of a buffer like `flat`, one per parameter and in its shape."""
+        return [flat[offset:offset + p.numel()].view(p.shape) for p, offset in zip(self.parameters, self.offsets)]
+
+    def cut(self, chunk: Tensor) -> list[tuple[int, int, Tensor]]:
+        """The parameters in this rank's chunk: (index, first element of the parameter, its elements here as a view of `chunk`)."""
+        pieces = []
+        for index, (p, offset) in enumerate(zip(self.parameters, self.offsets)):
+            start, stop = max(offset, self.first), min(offset + p.numel(), self.first + len(chunk))
+            if start < stop:
+                piece = chunk[start - self.first:stop - self.first]
+                pieces.append((index, start - offset, piece.view(p.shape) if piece.numel() == p.numel() else piece))
+        return pieces
+
+    def take(self, index: int) -> None:
+        """Moves a gradient that backward has finished into the buffer."""
+        p = self.parameters[index]
+        if self.buffer is None:
+            self.buffer = torch.zeros_like(self.flat)
+        self.slots(self.buffer)[index].copy_(p.grad)
+        p.grad, self.used[index] = None, True
+        self.arrived.add(index)
+
+    def start(self, group) -> None:
+        """Begins the reduce-scatter: this rank will have the mean over ranks of its chunk."""
+        buffer = torch.zeros_like(self.flat) if self.buffer is None else self.buffer
+        self.reduced = torch.empty_like(self.mine)
+        self.work = reduce_scatter(self.reduced, buffer, op=dist.ReduceOp.AVG, group=group, async_op=True)
+
+    def finish(self) -> None:
+        """Waits for the reduce-scatter and adds its result up over micro-batches."""
+        self.work.wait()
+        self.grad = self.reduced if self.grad is None else self.grad.add_(self.reduced)
+        self.arrived, self.buffer, self.work, self.reduced = set(), None, None, None
+
+
+class Zero(nn.Module):
+    """`module` with its weights in buckets. every_micro_batch: reduce so often, so that gradients stay split (ZeRO-2)."""
+
+    def __init__(self, module: nn.Module, world: World, every_micro_batch: bool, bucket_bytes: int, offload: bool):
+        super().__init__()
+        self.module, self.world, self.group = module, world, dist.group.WORLD
+        self.every_micro_batch, self.bucket_bytes, self.offload = every_micro_batch, bucket_bytes, offload
+        self.buckets: list[Bucket] = []
+        self.parts: list[Part] = []
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def shard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lays the weights out in buckets and gives the optimizer this rank's pieces to train, in place of the parameters."""
+        whole = whole_parameters(optimizer)
+        names = {p: name for name, p in self.module.named_parameters() if p.requires_grad}
+        pieces: dict[Tensor, Tensor] = {}
+        for parameters in fill_buckets(list(names), whole, self.world.world_size, self.bucket_bytes):
+            bucket = Bucket(parameters, parameters[0] in whole, self.world.rank, self.world.world_size, self.offload)
+            self.buckets.append(bucket)
+            for index, p in enumerate(parameters):
+                p.register_post_accumulate_grad_hook(lambda p, bucket=bucket, index=index: self.on_grad(bucket, index))
+            for (index, start, _), piece in zip(bucket.cut(bucket.held), bucket.pieces):
+                p = parameters[index]
+                pieces[p] = piece
+                self.parts.append(Part(names[p], piece, start, p.shape))
+        order = {name: i for i, name in enumerate(names.values())}
+        self.parts.sort(key=lambda part: order[part.name])
+        train_pieces(optimizer, pieces)
+        optimizer.register_step_post_hook(lambda *_: self.gather())
+
+    @contextlib.contextmanager
+    def grad_sync(self, last: bool) -> Iterator[None]:
+        """Around one micro-batch. Reductions start while backward still runs, in the same order on every rank."""
+        self.reducing, self.started = last or self.every_micro_batch, 0
+        yield
+        if self.reducing:
+            for bucket in self.buckets:     # of parameters that this backward has not reached, earlier ones may have
+                for index, p in enumerate(bucket.parameters):
+                    if p.grad is not None:
+                        bucket.take(index)
+            for bucket in self.buckets[self.started:]:
+                bucket.start(self.group)
+            for bucket in self.buckets:
+                bucket.finish()
+        if last:
+            self.give_grads()
+
+    def on_grad(self, bucket: Bucket, index: int) -> None:
+        """Called by autograd when the gradient of a parameter is complete."""
+        if self.reducing:
+            bucket.take(index)
+            while self.started < len(self.buckets) and len(self.buckets[self.started].arrived) == len(self.buckets[self.started].parameters):
+                self.buckets[self.started].start(self.group)
+                self.started += 1
+
+    def give_grads(self) -> None:
+        """Gives the pieces their gradients. A parameter that no rank has used has none, so it is left as it is."""
+        used = iter(self.world.max(*(flag for bucket in self.buckets for flag in bucket.used)))
+        for bucket in self.buckets:
+            flags = [next(used) for _ in bucket.parameters]
+            for (index, _, grad), piece in zip(bucket.cut(bucket.grad.to(bucket.held.device)), bucket.pieces):
+                piece.grad = grad if flags[index] else None
+            bucket.grad, bucket.used = None, [False] * len(bucket.parameters)
+
+    def gather(self) -> None:
+        """Brings all weights up to date with the pieces that the ranks have changed."""
+        works = []
+        for bucket in self.buckets:
+            if bucket.held is not bucket.mine:
+                bucket.mine.copy_(bucket.held)
+            works.append(all_gather(bucket.flat, bucket.mine, group=self.group, async_op=True))
+        for work in works:
+            work.wait()
+
+    def adopt(self) -> None:
+        """Brings the pieces up to date with weights that were loaded."""
+        for bucket in self.buckets:
+            if bucket.held is not bucket.mine:
+                bucket.held.copy_(bucket.mine)
+
+
+def whole_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+    """The parameters that must not be cut: of groups that say "whole", and of optimizers not known to be elementwise."""
+    elementwise = isinstance(optimizer, ELEMENTWISE) or getattr(optimizer, "elementwise", False)
+    return {p for group in optimizer.param_groups if group.get("whole", not elementwise) for p in group["params"]}
+
+
+def fill_buckets(parameters: list[Tensor], whole: set[Tensor], world_size: int, bucket_bytes: int) -> list[list[Tensor]]:
+    """Parameters in the order in which backward reaches them, in buckets of about bucket_bytes, or of one whole one per rank."""
+    filling: dict[tuple, list[Tensor]] = {}
+    full = []
+    for p in reversed(parameters):
+        key = (p.dtype, p.device, p.shape if p in whole else None)
+        bucket = filling.setdefault(key, [])
+        bucket.append(p)
+        if len(bucket) == world_size if p in whole else sum(q.nbytes for q in bucket) >= bucket_bytes:
+            full.append(filling.pop(key))
+    return [*full, *filling.values()]
+
+
+def train_pieces(optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Tensor]) -> None:
+    """Puts this rank's pieces into the optimizer's groups in place of the parameters; what other ranks have drops out."""
+    if optimizer.state:
+        raise UsageError(f"{type(optimizer).__name__} makes its state before training, so it cannot be split over ranks: use --strategy ddp")
+    for group in optimizer.param_groups:
+        group["params"] = [pieces[p] for p in group["params"] if p in pieces]
