@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import re
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -171,7 +172,7 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device, timeout: t
     return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
-ROLL_CALL_S = 10    # after a failure: how long ranks may take to say what they know
+ROLL_CALL_S = 5     # after a failure: how long ranks may take to say what they know
 
 
 def explain(error: BaseException, rank: int, world_size: int, store: dist.Store, timeout_s: float) -> BaseException:
@@ -181,21 +182,26 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
     frames = traceback.extract_tb(error.__traceback__)
     name = next((f.name for f in frames if f.filename.endswith("distributed_c10d.py")), "a reduction of gradients")
     line = next((f"{os.path.basename(f.filename)}:{f.lineno}" for f in reversed(frames) if os.path.dirname(f.filename) == ours), "")
-    try:
-        store.set(f"left{rank}", "" if lost_peer else f"{type(error).__name__}: {error}")
-        if not lost_peer:
-            return error
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait([f"left{r}" for r in range(world_size)], timedelta(seconds=ROLL_CALL_S))
-        told = {r: store.get(f"left{r}").decode() for r in range(world_size) if store.check([f"left{r}"])}
-    except dist.DistError:      # the store was kept by a rank that has gone
-        told = {rank: "", **{r: "" for r in range(1, world_size)}}
+    told: dict[int, str] = {}
+
+    def roll_call() -> None:
+        with contextlib.suppress(dist.DistError):
+            store.set(f"left{rank}", "" if lost_peer else f"{type(error).__name__}: {error}")
+            if lost_peer:
+                with contextlib.suppress(dist.DistStoreError):      # some are silent
+                    store.wait([f"left{r}" for r in range(world_size)], timedelta(seconds=ROLL_CALL_S))
+                told.update({r: store.get(f"left{r}").decode() for r in range(world_size) if store.check([f"left{r}"])})
+    thread = threading.Thread(target=roll_call, daemon=True)    # a store that a stopped rank keeps would never answer
+    thread.start()
+    thread.join(2 * ROLL_CALL_S)
+    if not lost_peer:
+        return error
     for r, message in told.items():
         if message:
             return UsageError(f"rank {rank} stops in {name} ({line}): rank {r} failed with {message}", 1)
-    silent = [r for r in range(world_size) if r not in told]
-    what = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} did not answer: dead, stopped, or busy for longer than " \
-           f"--ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \
+    silent = [r for r in range(world_size) if r not in told] if told else [0]       # rank 0 keeps the store where torchrun does not
+    what = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} did not answer: dead (see its own message), stopped, or busy for longer " \
+           f"than --ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \
            "only some ranks run"
     return UsageError(f"rank {rank} lost touch in {name} ({line}): {what}. {str(error).splitlines()[0]}", 6)
 
