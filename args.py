@@ -104,8 +104,7 @@ class TrainArgs:
                                                          " (default: model.blocks, or what a transformers model names)")
     cpu_offload: bool = arg(False, "keep the optimizer's state on the CPU and update there; with fsdp and hsdp weights and gradients too")
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
-    ddp_find_unused_parameters: bool = arg(True, "ddp: allow parameters that the loss does not use; False saves a walk over the graph, and"
-                                           " on more than 2 ranks a resumed run is then equal up to rounding only")
+    ddp_find_unused_parameters: bool = arg(True, "ddp, zero1, zero2: allow parameters that the loss does not use; False: an error names them")
     ddp_timeout: int = arg(1800, "seconds that a rank waits for the others before it gives up", 1, 10**9)
 
     # -- log, evaluate, save

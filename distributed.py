@@ -1,18 +1,15 @@
 """Ranks: the process group, who this process is (`World`), its randomness, and how a model is spread over ranks.
 
-To change the parallelism, change `parallelize`, `shard_optimizer`, `grad_sync` and `clip_grads`; zero.py has ZeRO-1 and -2.
+To change the parallelism, change `parallelize`, `shard_optimizer`, `grad_sync` and `clip_grads`; ddp, zero1 and zero2 are in zero.py.
 One process has no process group; every function here then does nothing but return what it was given.
 """
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import random
-import re
 import threading
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from state import UsageError
-from zero import Part, Zero, fill_buckets, train_pieces, whole_parameters
+from zero import DataParallel, Part, fill_buckets, saved_buffers, share, train_pieces, whole_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -94,8 +91,6 @@ class World:
         self.raise_together(error)
 
 
-kept_group: list = []   # the process group closed last; see open_world
-atexit.register(kept_group.clear)   # while Python still runs: a group that is left over can abort the process
 opened: Counter[str] = Counter()   # worlds opened by this process, by the address they met at
 
 
@@ -147,9 +142,6 @@ def open_world(args) -> Iterator[World]:
 
 def close_group() -> None:
     if dist.is_initialized():
-        # A DDP module may outlive the group and would then destroy it while holding the interpreter lock, which deadlocks
-        # with gloo's threads when they still want it (seen): so the last reference has to be Python's, which lets go first.
-        kept_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()   # leaving gloo without this aborts one exit in ten
 
 
@@ -248,91 +240,60 @@ def parallelize(model: nn.Module, args, world: World) -> nn.Module:
     if args.strategy in ("fsdp", "hsdp"):
         return FullySharded(model, args, world)
     model = model.to(world.device)
-    if args.strategy != "ddp":
-        broadcast_weights(model)
-        return Zero(model, world, args.strategy == "zero2" and not args.accumulate_unsharded, int(args.ddp_bucket_cap_mb * 2**20), args.cpu_offload)
-    from torch.nn.parallel import DistributedDataParallel  # imports torch._dynamo: a second that one process need not pay
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")      # all used: so much the better
-    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None, gradient_as_bucket_view=True,
-                                   find_unused_parameters=args.ddp_find_unused_parameters, bucket_cap_mb=args.ddp_bucket_cap_mb)
+    share([*model.parameters(), *model.buffers()])
+    return DataParallel(model, world, args.strategy, args.strategy == "zero2" and not args.accumulate_unsharded,
+                        int(args.ddp_bucket_cap_mb * 2**20), args.ddp_find_unused_parameters, args.cpu_offload)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module: what is evaluated, saved and generated from."""
-    return model.module if is_split(model) or type(model).__name__ == "DistributedDataParallel" else model
+    return model.module if is_wrapped(model) else model
 
 
-def is_split(model: nn.Module) -> bool:
-    return isinstance(model, (Zero, FullySharded))
+def is_wrapped(model: nn.Module) -> bool:
+    return isinstance(model, (DataParallel, FullySharded))
 
 
 def shard_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Has an optimizer that was built on the bare model train only what this rank holds: see `parts`."""
-    if is_split(model):
+    if is_wrapped(model):
         model.shard(optimizer)
 
 
 def parts(model: nn.Module) -> list[Part]:
     """What this rank's optimizer trains, as plain tensors, in the order of the model's parameters."""
-    if is_split(model):
-        return model.parts
-    return [Part(name, p, 0, p.shape) for name, p in unwrap(model).named_parameters() if p.requires_grad]
+    return model.parts if is_wrapped(model) else [Part(name, p, 0, p.shape) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def saves_parts(model: nn.Module, world: World) -> bool:
     """Whether this rank's parts belong into a checkpoint: not if another rank holds the same."""
-    if isinstance(model, FullySharded) and world.device_mesh.ndim == 2:
+    if world.device_mesh is not None and world.device_mesh.ndim == 2:
         return world.device_mesh.get_local_rank("replicate") == 0
-    return world.is_main or is_split(model)
+    return world.is_main or is_wrapped(model) and model.split
 
 
-@contextlib.contextmanager
-def grad_sync(model: nn.Module, last: bool) -> Iterator[None]:
+def grad_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Around forward and backward of one micro-batch: reduces gradients when the strategy does. ddp, zero1: in the last of a window."""
-    if is_split(model):
-        with model.grad_sync(last):
-            yield
-    elif unwrap(model) is model:
-        yield
-    else:
-        model.require_backward_grad_sync = last
-        yield
-        if last and not model.find_unused_parameters:
-            check_all_used(model)
-
-
-def check_all_used(ddp: nn.Module) -> None:
-    """DDP would wait for a gradient that does not come, and name it by a number."""
-    try:
-        ddp._check_reducer_finalized()      # private; without it DDP itself complains in the next forward
-    except AttributeError:
-        return
-    except RuntimeError as error:
-        names = [name for name, p in ddp.module.named_parameters() if p.requires_grad]
-        numbers = re.search(r"indices which did not receive grad for rank \d+: ([\d ]+)", str(error))
-        found = [names[int(i)] for i in numbers[1].split()] if numbers else ["(DDP does not say which)"]
-        raise UsageError(f"the loss does not use the parameter{'s' * (len(found) > 1)} {', '.join(found[:5])}: leave --ddp_find_unused_parameters "
-                         f"at True, or set requires_grad to False on what is never trained") from None
+    return model.grad_sync(last) if is_wrapped(model) else contextlib.nullcontext()
 
 
 def sync_params(model: nn.Module) -> None:
     """Call when pieces were changed by anything but the optimizer's step, and after an evaluation: the model follows."""
-    if is_split(model):
+    if is_wrapped(model):
         model.gather()
 
 
 def adopt_params(model: nn.Module) -> None:
     """Call when weights of the model were loaded: the pieces follow."""
-    if is_split(model):
+    if is_wrapped(model):
         model.adopt()
 
 
 def clip_grads(model: nn.Module, max_norm: float) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most max_norm (0: leaves them). Returns the norm before, ()."""
-    parameters = [part.piece for part in model.parts] if is_split(model) else list(model.parameters())
-    parameters = [p for p in parameters if p.grad is not None]
+    parameters = [part.piece for part in parts(model) if part.piece.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if is_split(model):         # that is the norm of this rank's pieces, of which there may be none
+    if is_wrapped(model) and model.split:       # that is the norm of this rank's pieces, of which there may be none
         square = norm.to(model.world.device, torch.float64) ** 2
         dist.all_reduce(square, group=model.group)
         norm = square.sqrt().to(torch.promote_types(torch.float32, next(model.parameters()).dtype))
@@ -355,11 +316,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
-def broadcast_weights(model: nn.Module) -> None:
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.detach(), 0)
-
-
 class FullySharded(nn.Module):
     """FSDP2, which is ZeRO-3 (Rajbhandari et al. 2020, section 5.3; Zhao et al. 2023): weights, gradients and optimizer state are
     split, and a block's weights are gathered when forward or backward gets to it. hsdp: split within a group of ranks only."""
@@ -368,10 +324,10 @@ class FullySharded(nn.Module):
         super().__init__()
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         self.module, self.world, self.group = module, world, world.device_mesh["shard"].get_group()
-        self.every_micro_batch = not args.accumulate_unsharded
+        self.every_micro_batch, self.split = not args.accumulate_unsharded, True
         on_meta = any(p.is_meta for p in module.parameters())
         if not on_meta:
-            broadcast_weights(module)
+            share([*module.parameters(), *module.buffers()])
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         options = {"mesh": world.device_mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
                    "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if args.cpu_offload else OffloadPolicy()}
@@ -386,6 +342,7 @@ class FullySharded(nn.Module):
         self.parts: list[Part] = []
         self.exchanges: list[Exchange] = []
         self.used: set[str] = set()
+        self.buffers_to_share = saved_buffers(module)
         self.units = [(name, unit) for name, unit in module.named_modules() if hasattr(unit, "reshard")]
         for name, unit in self.units:
             self.watch(name, unit)
@@ -425,6 +382,7 @@ class FullySharded(nn.Module):
         yield
         if last:
             self.give_grads()
+            share(self.buffers_to_share)
 
     def give_grads(self) -> None:
         """Gives the pieces their gradients. A parameter that no rank has used has none, so it is left as it is."""
@@ -515,7 +473,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
             raise UsageError(f"{name or 'the model'} ({type(module).__name__}) was built on the meta device and has no reset_parameters() to give it "
                              f"weights: define one, or build the model outside of torch.device('meta')")
         for key, p in sharded.items():
-            module.register_parameter(key, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+            module.register_parameter(key, nn.Parameter(torch.empty(p.shape), p.requires_grad))      # of the type that models are built in
         module.reset_parameters()
         for key, p in sharded.items():
             local, start = local_part(p)

@@ -1,7 +1,8 @@
-"""ZeRO: each rank updates its part of the weights, with its part of the optimizer state. Rajbhandari et al. 2020, section 5.
+"""Data-parallel training over ranks, and ZeRO: each rank updates its part of the weights, with its part of the optimizer's state.
 
-N ranks train one model of P parameters on different samples. Under DDP all of them hold all states and make the same update
-N times. Adam in float32 takes 4P bytes of weights, 4P of gradients and 8P of moments. One reduction of G micro-batches is:
+N ranks train one model of P parameters, each on samples of its own, and average their gradients (Li et al. 2020). Under ddp all
+of them hold all states and make the same update N times. Adam in float32 takes 4P bytes of weights, 4P of gradients and 8P
+of moments. ZeRO splits them (Rajbhandari et al. 2020, section 5):
 
             gradients                              update   weights                     bytes held per rank
     ddp     all-reduce once per window             all      as they are                 4P   + 4P   + 8P
@@ -11,10 +12,10 @@ N times. Adam in float32 takes 4P bytes of weights, 4P of gradients and 8P of mo
 
 An all-reduce is a reduce-scatter and an all-gather: zero1 sends what ddp sends (section 7.1), 2P (N - 1)/N elements.
 
-Weights are laid out in flat buckets of one chunk per rank; a chunk may begin and end inside a parameter. What this rank owns of
-a parameter is a plain tensor, its piece, and the optimizer trains pieces. An update that looks at one element at a time, as
-Adam's does, cannot tell. Any other, such as Muon's or Adafactor's, gets buckets of N parameters of one shape, each parameter
-whole in the chunk of one rank.
+Gradients travel in flat buckets while backward still runs. With ZeRO the weights live in such buckets too, of one chunk per
+rank; a chunk may begin and end inside a parameter. What this rank owns of a parameter is a plain tensor, its piece, and the
+optimizer trains pieces. An update that looks at one element at a time, as Adam's does, cannot tell. Any other, such as Muon's
+or Adafactor's, gets buckets of N parameters of one shape, each parameter whole in the chunk of one rank.
 """
 from __future__ import annotations
 
@@ -53,38 +54,41 @@ class Part(NamedTuple):
 
 
 class Bucket:
-    """Parameters that are reduced together, last ones of the model first, as backward gets to them.
+    """Parameters whose gradients are reduced together, last ones of the model first, as backward gets to them.
 
-    flat (world_size * chunk,) holds their weights, `mine` (chunk,) is this rank's part of it, and `held` is what the optimizer
-    updates: `mine`, or a copy on the CPU (ZeRO-Offload, Ren et al. 2021).
+    split: `flat` (world_size * chunk,) holds their weights, `mine` (chunk,) is this rank's part of it, and `held` is what the
+    optimizer updates: `mine`, or a copy on the CPU (ZeRO-Offload, Ren et al. 2021). Not split: a chunk is all, and nothing moves.
     """
 
-    def __init__(self, parameters: list[Tensor], whole: bool, rank: int, world_size: int, offload: bool):
-        self.parameters = parameters
+    def __init__(self, parameters: list[Tensor], world: World, split: bool, whole: bool, offload: bool):
+        self.parameters, self.split = parameters, split
         sizes = [p.numel() for p in parameters]
         self.offsets = [0, *accumulate(sizes)][:-1]
-        chunk = sizes[0] if whole else -(-sum(sizes) // world_size)     # the last chunks may have padding
-        self.flat = parameters[0].detach().new_zeros(chunk * world_size)
-        for p, slot in zip(parameters, self.slots(self.flat)):
-            p.data = slot.copy_(p.detach())
-        self.first = rank * chunk
-        self.mine = self.flat[self.first:self.first + chunk]
-        self.held = self.mine.to("cpu", copy=True) if offload else self.mine
-        self.pieces = [nn.Parameter(piece) for _, _, piece in self.cut(self.held)]
+        ranks = world.world_size if split else 1
+        self.chunk = sizes[0] if whole else -(-sum(sizes) // ranks)     # the last chunks may have padding
+        self.size, self.first = ranks * self.chunk, world.rank * self.chunk if split else 0
+        self.pieces = parameters
+        if split:
+            self.flat = parameters[0].detach().new_zeros(self.size)
+            for p, slot in zip(parameters, self.slots(self.flat)):
+                p.data = slot.copy_(p.detach())
+            self.mine = self.flat[self.first:self.first + self.chunk]
+            self.held = self.mine.to("cpu", copy=True) if offload else self.mine
+            self.pieces = [nn.Parameter(piece) for _, _, piece in self.cut(self.held)]
         self.used = [False] * len(parameters)       # in this window, by this rank's loss
         self.arrived: set[int] = set()              # in this backward
-        self.buffer = self.work = self.grad = None
+        self.buffer = self.grad = self.work = None
 
     def slots(self, flat: Tensor) -> list[Tensor]:
-        """Views of a buffer like `flat`, one per parameter and in its shape."""
+        """Views of a buffer of the whole bucket, one per parameter and in its shape."""
         return [flat[offset:offset + p.numel()].view(p.shape) for p, offset in zip(self.parameters, self.offsets)]
 
     def cut(self, chunk: Tensor) -> list[tuple[int, int, Tensor]]:
         """The parameters in this rank's chunk: (index, first element of the parameter, its elements here as a view of `chunk`)."""
         pieces = []
         for index, (p, offset) in enumerate(zip(self.parameters, self.offsets)):
-            start, stop = max(offset, self.first), min(offset + p.numel(), self.first + len(chunk))
-            if start < stop:
+            start, stop = max(offset, self.first), min(offset + p.numel(), self.first + self.chunk)
+            if start < stop or not p.numel():
                 piece = chunk[start - self.first:stop - self.first]
                 pieces.append((index, start - offset, piece.view(p.shape) if piece.numel() == p.numel() else piece))
         return pieces
@@ -93,55 +97,59 @@ class Bucket:
         """Moves a gradient that backward has finished into the buffer."""
         p = self.parameters[index]
         if self.buffer is None:
-            self.buffer = torch.zeros_like(self.flat)
+            self.buffer = p.grad.new_zeros(self.size)
         self.slots(self.buffer)[index].copy_(p.grad)
         p.grad, self.used[index] = None, True
         self.arrived.add(index)
 
     def start(self, group) -> None:
-        """Begins the reduce-scatter: this rank will have the mean over ranks of its chunk."""
-        buffer = torch.zeros_like(self.flat) if self.buffer is None else self.buffer
-        self.reduced = torch.empty_like(self.mine)
-        self.work = reduce_scatter(self.reduced, buffer, op=dist.ReduceOp.AVG, group=group, async_op=True)
+        """Begins the reduction to the mean over ranks: of everything, or of this rank's chunk."""
+        buffer = self.parameters[0].detach().new_zeros(self.size) if self.buffer is None else self.buffer
+        self.reduced = buffer.new_empty(self.chunk) if self.split else buffer
+        self.work = reduce_scatter(self.reduced, buffer, op=dist.ReduceOp.AVG, group=group, async_op=True) if self.split else \
+            dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=group, async_op=True)
 
     def finish(self) -> None:
-        """Waits for the reduce-scatter and adds its result up over micro-batches."""
+        """Waits for the reduction and adds its result up over micro-batches."""
         self.work.wait()
         self.grad = self.reduced if self.grad is None else self.grad.add_(self.reduced)
         self.arrived, self.buffer, self.work, self.reduced = set(), None, None, None
 
 
-class Zero(nn.Module):
-    """`module` with its weights in buckets. every_micro_batch: reduce so often, so that gradients stay split (ZeRO-2)."""
+class DataParallel(nn.Module):
+    """`module` trained by all ranks: ddp, zero1 or zero2. All start from rank 0's weights.
 
-    def __init__(self, module: nn.Module, world: World, every_micro_batch: bool, bucket_bytes: int, offload: bool):
+    find_unused: allow parameters that a loss does not use. One that no rank has used is left alone, as in one process.
+    """
+
+    def __init__(self, module: nn.Module, world: World, strategy: str, every_micro_batch: bool, bucket_bytes: int, find_unused: bool, offload: bool):
         super().__init__()
-        self.module, self.world, self.group = module, world, dist.group.WORLD
-        self.every_micro_batch, self.bucket_bytes, self.offload = every_micro_batch, bucket_bytes, offload
+        self.module, self.world, self.group, self.split = module, world, dist.group.WORLD, strategy != "ddp"
+        self.every_micro_batch, self.bucket_bytes, self.find_unused, self.offload = every_micro_batch, bucket_bytes, find_unused, offload
         self.buckets: list[Bucket] = []
         self.parts: list[Part] = []
+        self.buffers_to_share = saved_buffers(module)
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lays the weights out in buckets and gives the optimizer this rank's pieces to train, in place of the parameters."""
-        whole = whole_parameters(optimizer)
+        """Lays out the buckets, and with ZeRO gives the optimizer this rank's pieces to train in place of the parameters."""
+        whole = whole_parameters(optimizer) if self.split else set()
         names = {p: name for name, p in self.module.named_parameters() if p.requires_grad}
-        pieces: dict[Tensor, Tensor] = {}
+        pieces: dict[Tensor, Part] = {}
         for parameters in fill_buckets(list(names), whole, self.world.world_size, self.bucket_bytes):
-            bucket = Bucket(parameters, parameters[0] in whole, self.world.rank, self.world.world_size, self.offload)
+            bucket = Bucket(parameters, self.world, self.split, parameters[0] in whole, self.offload)
             self.buckets.append(bucket)
             for index, p in enumerate(parameters):
                 p.register_post_accumulate_grad_hook(lambda p, bucket=bucket, index=index: self.on_grad(bucket, index))
-            for (index, start, _), piece in zip(bucket.cut(bucket.held), bucket.pieces):
+            for (index, start, _), piece in zip(bucket.cut(bucket.held) if self.split else [(i, 0, p) for i, p in enumerate(parameters)], bucket.pieces):
                 p = parameters[index]
-                pieces[p] = piece
-                self.parts.append(Part(names[p], piece, start, p.shape))
-        order = {name: i for i, name in enumerate(names.values())}
-        self.parts.sort(key=lambda part: order[part.name])
-        train_pieces(optimizer, pieces)
-        optimizer.register_step_post_hook(lambda *_: self.gather())
+                pieces[p] = Part(names[p], piece, start, p.shape)
+        self.parts = [pieces[p] for p in names if p in pieces]
+        if self.split:
+            train_pieces(optimizer, {p: part.piece for p, part in pieces.items()})
+            optimizer.register_step_post_hook(lambda *_: self.gather())
 
     @contextlib.contextmanager
     def grad_sync(self, last: bool) -> Iterator[None]:
@@ -149,7 +157,7 @@ class Zero(nn.Module):
         self.reducing, self.started = last or self.every_micro_batch, 0
         yield
         if self.reducing:
-            for bucket in self.buckets:     # of parameters that this backward has not reached, earlier ones may have
+            for bucket in self.buckets:     # what this backward has not reached, but an earlier one of the window
                 for index, p in enumerate(bucket.parameters):
                     if p.grad is not None:
                         bucket.take(index)
@@ -159,6 +167,7 @@ class Zero(nn.Module):
                 bucket.finish()
         if last:
             self.give_grads()
+            share(self.buffers_to_share)
 
     def on_grad(self, bucket: Bucket, index: int) -> None:
         """Called by autograd when the gradient of a parameter is complete."""
@@ -169,18 +178,27 @@ class Zero(nn.Module):
                 self.started += 1
 
     def give_grads(self) -> None:
-        """Gives the pieces their gradients. A parameter that no rank has used has none, so it is left as it is."""
-        used = iter(self.world.max(*(flag for bucket in self.buckets for flag in bucket.used)))
+        """Gives the pieces their gradients."""
+        used = [flag for bucket in self.buckets for flag in bucket.used]
+        if self.find_unused:
+            used = self.world.max(*used)
+        elif not all(used):
+            names = {p: name for name, p in self.module.named_parameters()}
+            unused = [names[p] for bucket in self.buckets for p, flag in zip(bucket.parameters, bucket.used) if not flag]
+            raise UsageError(f"the loss does not use {', '.join(sorted(unused)[:5])}: leave --ddp_find_unused_parameters at True, "
+                             f"or set requires_grad to False on what is never trained")
+        flags = iter(used)
         for bucket in self.buckets:
-            flags = [next(used) for _ in bucket.parameters]
-            for (index, _, grad), piece in zip(bucket.cut(bucket.grad.to(bucket.held.device)), bucket.pieces):
-                piece.grad = grad if flags[index] else None
+            mine = [next(flags) for _ in bucket.parameters]
+            grad = bucket.grad.to(bucket.held.device) if self.split else bucket.grad
+            for (index, _, part), piece in zip(bucket.cut(grad), bucket.pieces):
+                piece.grad = part if mine[index] else None
             bucket.grad, bucket.used = None, [False] * len(bucket.parameters)
 
     def gather(self) -> None:
         """Brings all weights up to date with the pieces that the ranks have changed."""
         works = []
-        for bucket in self.buckets:
+        for bucket in self.buckets if self.split else []:
             if bucket.held is not bucket.mine:
                 bucket.mine.copy_(bucket.held)
             works.append(all_gather(bucket.flat, bucket.mine, group=self.group, async_op=True))
@@ -189,9 +207,21 @@ class Zero(nn.Module):
 
     def adopt(self) -> None:
         """Brings the pieces up to date with weights that were loaded."""
-        for bucket in self.buckets:
+        for bucket in self.buckets if self.split else []:
             if bucket.held is not bucket.mine:
                 bucket.held.copy_(bucket.mine)
+
+
+def saved_buffers(module: nn.Module) -> list[Tensor]:
+    """What changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's."""
+    saved = module.state_dict(keep_vars=True)
+    return [buffer for name, buffer in module.named_buffers() if name in saved]
+
+
+def share(tensors: list[Tensor]) -> None:
+    """Gives every rank what rank 0 has."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), 0)
 
 
 def whole_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:

@@ -234,7 +234,7 @@ def branches(dtype):
 
 def test_ddp_without_the_search_names_the_unused_parameter_and_the_flag(ranks, tmp_path):
     for message in on_ranks(ranks, refused, tmp_path, world_size=2, model=never, ddp_find_unused_parameters=False):
-        assert "does not use the parameters never.weight, never.bias: leave --ddp_find_unused_parameters" in message
+        assert "does not use never.bias, never.weight: leave --ddp_find_unused_parameters" in message
 
 
 def never(dtype):
