@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distributed import World, adopt_params, local_part, parts, rng_state, saves_parts, set_rng_state, set_seed, unwrap, whole
+from distributed import World, local_part, rng_state, set_rng_state, set_seed, whole
 from schedules import Plateau
 from state import Run, TrainState, UsageError
 from zero import Part
@@ -54,11 +54,11 @@ def save_checkpoint(run: Run) -> str:
         if world.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-    write_model(tmp, unwrap(run.model), world)
+    write_model(tmp, run.model.module, world)
     with world.writing(tmp):
         write_json(tmp, f"rng-{world.rank}.json", rng_state())
-        if saves_parts(run.model, world):
-            write_tensors(tmp, f"optimizer-{world.rank}.safetensors", *optimizer_state(parts(run.model), run.optimizer))
+        if run.model.saves:
+            write_tensors(tmp, f"optimizer-{world.rank}.safetensors", *optimizer_state(run.model.parts, run.optimizer))
             if run.ema is not None:
                 write_tensors(tmp, f"ema-{world.rank}.safetensors", dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
         if world.is_main:
@@ -324,8 +324,8 @@ def load_checkpoint(run: Run, path: str) -> None:
     The flags given now stay as they are; what differs from the checkpoint's is printed. Raises UsageError (exit code 3)
     if the tensors are not those of this run's model and optimizer.
     """
-    load_model(unwrap(run.model), path)
-    adopt_params(run.model)
+    load_model(run.model.module, path)
+    run.model.adopt()
     stored = read_json(path, "state.json")
     load_optimizer(run, path, stored["optimizer"])
     run.callbacks.load_states(stored["callbacks"])
@@ -415,11 +415,11 @@ def load_model(model: nn.Module, path: str) -> None:
 
 
 def load_optimizer(run: Run, path: str, stored: dict) -> None:
-    optimizer, held = run.optimizer, parts(run.model)
+    optimizer, held = run.optimizer, run.model.parts
     if stored["class"] != type(optimizer).__name__:
         raise UsageError(f"{path} holds the state of {stored['class']}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
-    trained = {name for name, p in unwrap(run.model).named_parameters() if p.requires_grad}
+    trained = {name for name, p in run.model.module.named_parameters() if p.requires_grad}
     states: dict[Tensor, dict] = {}
     with PartFiles(path, "optimizer") as files:
         names = files.found.keys() | files.numbers.keys()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from state import UsageError
-from zero import DataParallel, Part, fill_buckets, saved_buffers, share, train_pieces, whole_parameters
+from zero import DataParallel, Parallel, Part, fill_buckets, share, train_pieces, whole_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -228,72 +228,27 @@ def initial_device(args, world: World) -> contextlib.AbstractContextManager:
     return torch.device("meta") if world.device_mesh is not None else contextlib.nullcontext()
 
 
-def parallelize(model: nn.Module, args, world: World) -> nn.Module:
+def parallelize(model: nn.Module, args, world: World) -> Parallel:
     """The model on this rank's device, spread as --strategy says. All ranks start from rank 0's weights.
 
     With it backward gives the mean over ranks of each gradient. `unwrap` is the model itself.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("the model has no trainable parameter: give one that has, or set requires_grad on those to train")
-    if world.world_size == 1:
-        return model.to(world.device)
-    if args.strategy in ("fsdp", "hsdp"):
+    if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
         return FullySharded(model, args, world)
     model = model.to(world.device)
-    share([*model.parameters(), *model.buffers()])
+    if world.world_size == 1:
+        return Parallel(model, world)
     return DataParallel(model, world, args.strategy, args.strategy == "zero2" and not args.accumulate_unsharded,
                         int(args.ddp_bucket_cap_mb * 2**20), args.ddp_find_unused_parameters, args.cpu_offload)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module: what is evaluated, saved and generated from."""
-    return model.module if is_wrapped(model) else model
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    return isinstance(model, (DataParallel, FullySharded))
-
-
-def shard_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Has an optimizer that was built on the bare model train only what this rank holds: see `parts`."""
-    if is_wrapped(model):
-        model.shard(optimizer)
-
-
-def parts(model: nn.Module) -> list[Part]:
-    """What this rank's optimizer trains, as plain tensors, in the order of the model's parameters."""
-    return model.parts if is_wrapped(model) else [Part(name, p, 0, p.shape) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def saves_parts(model: nn.Module, world: World) -> bool:
-    """Whether this rank's parts belong into a checkpoint: not if another rank holds the same."""
-    if world.device_mesh is not None and world.device_mesh.ndim == 2:
-        return world.device_mesh.get_local_rank("replicate") == 0
-    return world.is_main or is_wrapped(model) and model.split
-
-
-def grad_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Around forward and backward of one micro-batch: reduces gradients when the strategy does. ddp, zero1: in the last of a window."""
-    return model.grad_sync(last) if is_wrapped(model) else contextlib.nullcontext()
-
-
-def sync_params(model: nn.Module) -> None:
-    """Call when pieces were changed by anything but the optimizer's step, and after an evaluation: the model follows."""
-    if is_wrapped(model):
-        model.gather()
-
-
-def adopt_params(model: nn.Module) -> None:
-    """Call when weights of the model were loaded: the pieces follow."""
-    if is_wrapped(model):
-        model.adopt()
-
-
-def clip_grads(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grads(model: Parallel, max_norm: float) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most max_norm (0: leaves them). Returns the norm before, ()."""
-    parameters = [part.piece for part in parts(model) if part.piece.grad is not None]
+    parameters = [part.piece for part in model.parts if part.piece.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if is_wrapped(model) and model.split:       # that is the norm of this rank's pieces, of which there may be none
+    if model.split:     # that is the norm of this rank's pieces, of which there may be none
         square = norm.to(model.world.device, torch.float64) ** 2
         dist.all_reduce(square, group=model.group)
         norm = square.sqrt().to(torch.promote_types(torch.float32, next(model.parameters()).dtype))
@@ -316,15 +271,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
-class FullySharded(nn.Module):
+class FullySharded(Parallel):
     """FSDP2, which is ZeRO-3 (Rajbhandari et al. 2020, section 5.3; Zhao et al. 2023): weights, gradients and optimizer state are
     split, and a block's weights are gathered when forward or backward gets to it. hsdp: split within a group of ranks only."""
 
     def __init__(self, module: nn.Module, args, world: World):
-        super().__init__()
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-        self.module, self.world, self.group = module, world, world.device_mesh["shard"].get_group()
-        self.every_micro_batch, self.split = not args.accumulate_unsharded, True
         on_meta = any(p.is_meta for p in module.parameters())
         if not on_meta:
             share([*module.parameters(), *module.buffers()])
@@ -337,63 +289,58 @@ class FullySharded(nn.Module):
         module.set_reduce_scatter_unused_params(True)       # or ranks that use different parameters would reduce different ones
         if on_meta:
             materialize(module, torch.device("cpu") if args.cpu_offload else world.device)
-        # taken before the first forward: after one, a module may hold gathered weights in their place
-        self.sharded = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.parts: list[Part] = []
+        super().__init__(module, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
+        self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
+        self.saves = world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
         self.used: set[str] = set()
-        self.buffers_to_share = saved_buffers(module)
         self.units = [(name, unit) for name, unit in module.named_modules() if hasattr(unit, "reshard")]
         for name, unit in self.units:
             self.watch(name, unit)
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
 
     def watch(self, unit_name: str, unit: nn.Module) -> None:
         """Has the unit's parameters note that a gradient came. They exist, gathered, from its first forward on."""
         def attach(*_) -> None:
             handle.remove()
             for name, p in unit.named_parameters(unit_name):
-                if name in self.sharded and not hasattr(p, "to_local"):
+                if name in self.trained and not hasattr(p, "to_local"):
                     p.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
         handle = unit.register_forward_pre_hook(attach)
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives the optimizer this rank's shards to train, and of parameters that must not be cut every N-th one whole."""
         together = whole_parameters(optimizer)
-        names = {p: name for name, p in self.sharded.items()}
-        self.shards = {name: nn.Parameter(local_part(p)[0]) for name, p in self.sharded.items() if p not in together}
+        names = {p: name for name, p in self.trained.items()}
+        self.shards = {name: nn.Parameter(local_part(p)[0]) for name, p in self.trained.items() if p not in together}
         for parameters in fill_buckets([p for p in names if p in together], together, self.group.size(), 0):
             self.exchanges.append(Exchange([names[p] for p in parameters], parameters, self.group))
         pieces = self.shards | {exchange.name: exchange.piece for exchange in self.exchanges if exchange.name}
         self.parts = [Part(name, pieces[name], local_part(p)[1] if name in self.shards else 0, p.shape)
-                      for name, p in self.sharded.items() if name in pieces]
+                      for name, p in self.trained.items() if name in pieces]
         self.adopt()
-        train_pieces(optimizer, {self.sharded[name]: piece for name, piece in pieces.items()})
+        train_pieces(optimizer, {self.trained[name]: piece for name, piece in pieces.items()})
         if self.exchanges:
             optimizer.register_step_post_hook(lambda *_: self.gather())
 
     @contextlib.contextmanager
     def grad_sync(self, last: bool) -> Iterator[None]:
-        """Around one micro-batch."""
         self.module.set_requires_gradient_sync(last or self.every_micro_batch)
         self.module.set_requires_all_reduce(last)       # hsdp: between the groups only once per window
         yield
         if last:
             self.give_grads()
-            share(self.buffers_to_share)
+            share(self.shared_buffers)
 
     def give_grads(self) -> None:
         """Gives the pieces their gradients. A parameter that no rank has used has none, so it is left as it is."""
-        used = dict(zip(self.sharded, self.world.max(*(name in self.used for name in self.sharded))))
-        grads = {name: None if p.grad is None else p.grad.to_local() for name, p in self.sharded.items()}
+        used = dict(zip(self.trained, self.world.max(*(name in self.used for name in self.trained))))
+        grads = {name: None if p.grad is None else p.grad.to_local() for name, p in self.trained.items()}
         for name, piece in self.shards.items():
-            piece.data, piece.grad = local_part(self.sharded[name])[0], grads[name] if used[name] else None
+            piece.data, piece.grad = local_part(self.trained[name])[0], grads[name] if used[name] else None
         for exchange in self.exchanges:
             whole_grad = exchange.to_owners([grads[name] for name in exchange.names])
             exchange.piece.grad = whole_grad if used.get(exchange.name) else None
-        for p in self.sharded.values():
+        for p in self.trained.values():
             p.grad = None
         self.used.clear()
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distributed import World, rng_state, set_rng_state, sync_params, unwrap
+from distributed import World, rng_state, set_rng_state
 from state import Batch, LossFn, Run, UsageError
 
 PredictFn = Callable[[nn.Module, Batch], Tensor]   # (model, micro-batch) -> predictions (B, ...)
@@ -26,20 +25,20 @@ def model_outputs(model: nn.Module, batch: Batch) -> Tensor:
 def evaluating(run: Run) -> Iterator[nn.Module]:
     """The bare model in eval mode without gradients, with averaged weights if there are (--ema_decay); its modes, its weights
     and all random generators are put back afterwards. All ranks enter it, and call the model equally often."""
-    model, optimizer, rng, sync = unwrap(run.model), run.optimizer, rng_state(), partial(sync_params, run.model)
+    model, optimizer, rng = run.model.module, run.optimizer, rng_state()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
-        sync()
-    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place(sync)
+        run.model.gather()
+    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place(run.model.gather)
     try:
         with torch.no_grad(), averaged, run.precision.evaluation_weights(model, run.state.in_training):
             yield model
     finally:
         if hasattr(optimizer, "train"):
             optimizer.train()
-        sync()
+        run.model.gather()
         for module, training in modes:
             module.training = training
         set_rng_state(rng)

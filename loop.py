@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import list_checkpoints, save_checkpoint
-from distributed import clip_grads, grad_sync
+from distributed import clip_grads
 from evalloop import evaluate, model_outputs, to_device
 from optim import set_lr
 from schedules import Plateau
@@ -41,7 +41,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
         for i, micro_batch in enumerate(window):
             last = i + 1 == len(window)
             weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing
-            with grad_sync(run.model, last):                   # reduce once per window, or every time if gradients are split
+            with run.model.grad_sync(last):                    # reduce once per window, or every time if gradients are split
                 with precision.autocast():
                     loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))      # ()
                 if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distributed import World
     from optim import EMA
     from precision import Precision
+    from zero import Parallel
 
 Batch = dict[str, Any]      # tensors for the model, and the ints num_items and num_samples for the loop
 LossFn = Callable[["torch.nn.Module", Batch], "torch.Tensor"]   # (model, micro-batch) -> summed loss ()
@@ -112,7 +113,7 @@ class Run:
 
     args: TrainArgs
     world: World
-    model: torch.nn.Module                   # as it trains: wrapped for the strategy
+    model: Parallel                          # as it trains; the user's own module is model.module
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]         # finished updates -> learning rate
     precision: Precision

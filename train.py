@@ -15,7 +15,7 @@ from callbacks import Callbacks, ProgressCallback
 from checkpoint import find_checkpoint, load_checkpoint, load_state
 from collators import default_collator
 from data import Loader, build_data
-from distributed import World, initial_device, open_world, parallelize, parts, set_seed, shard_optimizer, unwrap
+from distributed import World, initial_device, open_world, parallelize, set_seed
 from evalloop import evaluating
 from loop import plan, train, windows
 from loss import compute_loss
@@ -78,11 +78,11 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     precision.check_model(model)
     adapt(model, args)                                        # adapters.py    before wrapping
     model = parallelize(model, args, world)                   # distributed.py <- your parallelism
-    optimizer = make_optimizer(unwrap(model), args)           # optim.py       <- your optimizer; after wrapping
-    shard_optimizer(model, optimizer)                         # zero.py        from here on it trains this rank's parts
+    optimizer = make_optimizer(model.module, args)           # optim.py       <- your optimizer; after wrapping
+    model.shard(optimizer)                                    # zero.py        from here on it trains this rank's parts
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
     run = Run(args, world, model, optimizer, schedule, precision, state, Callbacks([*progress, *callbacks]),
-              None if args.ema_decay is None else EMA(parts(model), args.ema_decay))
+              None if args.ema_decay is None else EMA(model.parts, args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)                      # checkpoint.py  random generators and data position too

@@ -53,6 +53,40 @@ class Part(NamedTuple):
         return self.piece.numel() == self.shape.numel()
 
 
+class Parallel(nn.Module):
+    """A model as it trains, and how its training is spread over ranks. This one is for one process: nothing is sent or split.
+
+    parts: what this rank's optimizer trains, in the order of the model's parameters. saves: whether these belong into a checkpoint,
+    which they do not if another rank holds the same. split: whether other ranks train other parts.
+    """
+
+    def __init__(self, module: nn.Module, world: World, split: bool = False):
+        super().__init__()
+        self.module, self.world, self.split, self.saves = module, world, split, split or world.is_main
+        self.parts: list[Part] = []
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # what changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's
+        saved = module.state_dict(keep_vars=True)
+        self.shared_buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def shard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Has an optimizer that was built on the bare model train what this rank holds."""
+        self.parts = [Part(name, p, 0, p.shape) for name, p in self.trained.items()]
+
+    def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Around forward and backward of one micro-batch. After the last of a window the parts have their gradients, means over ranks."""
+        return contextlib.nullcontext()
+
+    def gather(self) -> None:
+        """Has the model's weights follow the parts, when something other than optimizer.step has changed these; after evaluations too."""
+
+    def adopt(self) -> None:
+        """Has the parts follow the model's weights, when these were loaded."""
+
+
 class Bucket:
     """Parameters whose gradients are reduced together, last ones of the model first, as backward gets to them.
 
@@ -74,7 +108,7 @@ class Bucket:
                 p.data = slot.copy_(p.detach())
             self.mine = self.flat[self.first:self.first + self.chunk]
             self.held = self.mine.to("cpu", copy=True) if offload else self.mine
-            self.pieces = [nn.Parameter(piece) for _, _, piece in self.cut(self.held)]
+            self.pieces = [nn.Parameter(piece) for piece in self.cut(self.held)]
         self.used = [False] * len(parameters)       # in this window, by this rank's loss
         self.arrived: set[int] = set()              # in this backward
         self.buffer = self.grad = self.work = None
@@ -83,15 +117,16 @@ class Bucket:
         """Views of a buffer of the whole bucket, one per parameter and in its shape."""
         return [flat[offset:offset + p.numel()].view(p.shape) for p, offset in zip(self.parameters, self.offsets)]
 
-    def cut(self, chunk: Tensor) -> list[tuple[int, int, Tensor]]:
-        """The parameters in this rank's chunk: (index, first element of the parameter, its elements here as a view of `chunk`)."""
-        pieces = []
-        for index, (p, offset) in enumerate(zip(self.parameters, self.offsets)):
-            start, stop = max(offset, self.first), min(offset + p.numel(), self.first + self.chunk)
-            if start < stop or not p.numel():
-                piece = chunk[start - self.first:stop - self.first]
-                pieces.append((index, start - offset, piece.view(p.shape) if piece.numel() == p.numel() else piece))
-        return pieces
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """The parameters in this rank's chunk: (index, first and last element in the bucket)."""
+        ends = [(max(o, self.first), min(o + p.numel(), self.first + self.chunk)) for p, o in zip(self.parameters, self.offsets)]
+        return [(index, start, stop) for index, (start, stop) in enumerate(ends) if start < stop]
+
+    def cut(self, chunk: Tensor) -> list[Tensor]:
+        """The pieces of parameters in this rank's chunk, or in one like it, as views; whole ones have their shape."""
+        pieces = [chunk[start - self.first:stop - self.first] for _, start, stop in self.ranges()]
+        return [piece.view(p.shape) if piece.numel() == p.numel() else piece
+                for piece, p in zip(pieces, (self.parameters[index] for index, _, _ in self.ranges()))]
 
     def take(self, index: int) -> None:
         """Moves a gradient that backward has finished into the buffer."""
@@ -116,39 +151,31 @@ class Bucket:
         self.arrived, self.buffer, self.work, self.reduced = set(), None, None, None
 
 
-class DataParallel(nn.Module):
-    """`module` trained by all ranks: ddp, zero1 or zero2. All start from rank 0's weights.
+class DataParallel(Parallel):
+    """ddp, zero1 and zero2. All ranks start from rank 0's weights.
 
     find_unused: allow parameters that a loss does not use. One that no rank has used is left alone, as in one process.
     """
 
     def __init__(self, module: nn.Module, world: World, strategy: str, every_micro_batch: bool, bucket_bytes: int, find_unused: bool, offload: bool):
-        super().__init__()
-        self.module, self.world, self.group, self.split = module, world, dist.group.WORLD, strategy != "ddp"
+        super().__init__(module, world, split=strategy != "ddp")
         self.every_micro_batch, self.bucket_bytes, self.find_unused, self.offload = every_micro_batch, bucket_bytes, find_unused, offload
-        self.buckets: list[Bucket] = []
-        self.parts: list[Part] = []
-        self.buffers_to_share = saved_buffers(module)
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
+        self.group, self.buckets = dist.group.WORLD, []
+        share([*module.parameters(), *module.buffers()])
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Lays out the buckets, and with ZeRO gives the optimizer this rank's pieces to train in place of the parameters."""
         whole = whole_parameters(optimizer) if self.split else set()
-        names = {p: name for name, p in self.module.named_parameters() if p.requires_grad}
-        pieces: dict[Tensor, Part] = {}
-        for parameters in fill_buckets(list(names), whole, self.world.world_size, self.bucket_bytes):
+        found: dict[Tensor, tuple[Tensor, int]] = {}
+        for parameters in fill_buckets(list(self.trained.values()), whole, self.world.world_size, self.bucket_bytes):
             bucket = Bucket(parameters, self.world, self.split, parameters[0] in whole, self.offload)
             self.buckets.append(bucket)
             for index, p in enumerate(parameters):
                 p.register_post_accumulate_grad_hook(lambda p, bucket=bucket, index=index: self.on_grad(bucket, index))
-            for (index, start, _), piece in zip(bucket.cut(bucket.held) if self.split else [(i, 0, p) for i, p in enumerate(parameters)], bucket.pieces):
-                p = parameters[index]
-                pieces[p] = Part(names[p], piece, start, p.shape)
-        self.parts = [pieces[p] for p in names if p in pieces]
+            found |= {parameters[index]: (piece, start - bucket.offsets[index]) for piece, (index, start, _) in zip(bucket.pieces, bucket.ranges())}
+        self.parts = [Part(name, *found[p], p.shape) for name, p in self.trained.items() if p in found]
         if self.split:
-            train_pieces(optimizer, {p: part.piece for p, part in pieces.items()})
+            train_pieces(optimizer, {p: piece for p, (piece, _) in found.items()})
             optimizer.register_step_post_hook(lambda *_: self.gather())
 
     @contextlib.contextmanager
@@ -167,7 +194,7 @@ class DataParallel(nn.Module):
                 bucket.finish()
         if last:
             self.give_grads()
-            share(self.buffers_to_share)
+            share(self.shared_buffers)
 
     def on_grad(self, bucket: Bucket, index: int) -> None:
         """Called by autograd when the gradient of a parameter is complete."""
@@ -183,16 +210,16 @@ class DataParallel(nn.Module):
         if self.find_unused:
             used = self.world.max(*used)
         elif not all(used):
-            names = {p: name for name, p in self.module.named_parameters()}
+            names = {p: name for name, p in self.trained.items()}
             unused = [names[p] for bucket in self.buckets for p, flag in zip(bucket.parameters, bucket.used) if not flag]
             raise UsageError(f"the loss does not use {', '.join(sorted(unused)[:5])}: leave --ddp_find_unused_parameters at True, "
                              f"or set requires_grad to False on what is never trained")
         flags = iter(used)
         for bucket in self.buckets:
             mine = [next(flags) for _ in bucket.parameters]
-            grad = bucket.grad.to(bucket.held.device) if self.split else bucket.grad
-            for (index, _, part), piece in zip(bucket.cut(grad), bucket.pieces):
-                piece.grad = part if mine[index] else None
+            grads = bucket.cut(bucket.grad.cpu() if self.offload else bucket.grad)
+            for piece, grad, (index, _, _) in zip(bucket.pieces, grads, bucket.ranges()):
+                piece.grad = grad if mine[index] else None
             bucket.grad, bucket.used = None, [False] * len(bucket.parameters)
 
     def gather(self) -> None:
@@ -210,12 +237,6 @@ class DataParallel(nn.Module):
         for bucket in self.buckets if self.split else []:
             if bucket.held is not bucket.mine:
                 bucket.held.copy_(bucket.mine)
-
-
-def saved_buffers(module: nn.Module) -> list[Tensor]:
-    """What changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's."""
-    saved = module.state_dict(keep_vars=True)
-    return [buffer for name, buffer in module.named_buffers() if name in saved]
 
 
 def share(tensors: list[Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import checkpoint
 from data import Loader
-from distributed import initial_device, open_world, parts, set_seed, unwrap, whole
+from distributed import initial_device, open_world, parallelize, set_seed, whole
 from evalloop import evaluate, predict
 from loop import train, train_step
 from loss import compute_loss, cross_entropy
@@ -278,7 +278,7 @@ def watched(output_dir, world_size: int, strategy: str):
         train(run, train_loader, eval_loader, compute_loss)
         last, predictions = evaluate(run, eval_loader, compute_loss)["eval_loss"], predict(run, eval_loader)
         loud = weights(run)
-        text = generate(unwrap(run.model), torch.tensor([1]), 5)
+        text = generate(run.model.module, torch.tensor([1]), 5)
     assert all((quiet[name] == loud[name]).all() for name in quiet)
     return first, last, predictions.numpy(), text.tolist(), [row["eval_loss"] for row in rows(output_dir / "watched") if "eval_loss" in row]
 
@@ -305,10 +305,9 @@ def from_meta(output_dir, world_size: int, strategy: str):
         set_seed(3)
         with initial_device(args, world):
             model = GPT(VOCAB, LENGTH, n_layer=2, n_head=3, n_embd=18)
-        from distributed import parallelize
         model = parallelize(model, args, world)
         held = sum(part.numel() for part in (p.to_local() for p in model.parameters()))
-        return {name: whole(p).numpy() for name, p in unwrap(model).named_parameters()}, held
+        return {name: whole(p).numpy() for name, p in model.module.named_parameters()}, held
 
 
 @pytest.mark.parametrize("world_size, strategy", STRATEGIES[3:])
@@ -332,8 +331,8 @@ def saved(output_dir, world_size: int, strategy: str, resume=None, max_steps: in
 
 
 def held_state(run) -> dict[str, np.ndarray]:
-    state = {name: whole(p).numpy().copy() for name, p in unwrap(run.model).named_parameters()}
-    for part, average in zip(parts(run.model), run.ema.parts if run.ema else []):
+    state = {name: whole(p).numpy().copy() for name, p in run.model.module.named_parameters()}
+    for part, average in zip(run.model.parts, run.ema.parts):
         for key, value in {**run.optimizer.state.get(part.piece, {}), "ema": average.piece, "piece": part.piece}.items():
             if value.shape == part.piece.shape:
                 state[f"{part.name}.{key}.{part.start}"] = value.detach().numpy().flatten().copy()

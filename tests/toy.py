@@ -10,7 +10,7 @@ import torch
 
 from args import TrainArgs
 from collators import default_collator
-from distributed import open_world, set_seed, unwrap, whole
+from distributed import open_world, set_seed, whole
 from loop import train
 from loss import compute_loss
 from model import GPT
@@ -85,7 +85,7 @@ def train_and(args: TrainArgs, look, loss_fn=compute_loss, **parts):
 
 def weights(run) -> dict[str, np.ndarray]:
     """All weights, whole, as rank 0 would save them; under fsdp every rank has to call it."""
-    return {name: whole(p).numpy().copy() for name, p in unwrap(run.model).named_parameters()}
+    return {name: whole(p).numpy().copy() for name, p in run.model.module.named_parameters()}
 
 
 def flat(run) -> np.ndarray:

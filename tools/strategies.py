@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from args import TrainArgs
 from callbacks import Callback
 from data import Blocks
-from distributed import find_units, initial_device, local_part, open_world, parts, set_seed, unwrap, whole
+from distributed import find_units, initial_device, local_part, open_world, set_seed, whole
 from loop import train
 from loss import compute_loss
 from model import GPT
@@ -127,11 +127,11 @@ def run_case(case: Case, updates: int, weights: bool) -> dict:
         watch.buckets = getattr(run.model, "buckets", [])
         train(run, loader, None, compute_loss)
         losses = [row["loss"] for row in run.state.log_history if "loss" in row]
-        bare = unwrap(run.model)
+        bare = run.model.module
         names = dict(bare.named_parameters()) if weights else {}
         units = [sum(math.prod(p.shape) for p in unit.parameters()) for unit in find_units(bare, None)]
         return {"losses": losses, "weights": {name: whole(p) for name, p in names.items()}, "held": watch.held, "sent": watch.sent.bytes,
-                "reductions": watch.sent.reductions, "grew": watch.rss - before, "units": units, "parts": len(parts(run.model)),
+                "reductions": watch.sent.reductions, "grew": watch.rss - before, "units": units,
                 "total": sum(math.prod(p.shape) for p in bare.parameters())}
 
 
