@@ -77,7 +77,7 @@ class Callbacks:
         for callback in self.callbacks:
             method = getattr(callback, event, None)
             if method is not None:
-                changed = method(run.args, run.state, self.control, model=run.model.module, optimizer=run.optimizer,
+                changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
                                  lr_scheduler=run.schedule, processing_class=None, **self.dataloaders, **kwargs)
                 self.control = changed if isinstance(changed, Control) else self.control
         if event in AGREED_AFTER:

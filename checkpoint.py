@@ -54,11 +54,11 @@ def save_checkpoint(run: Run) -> str:
         if world.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-    write_model(tmp, run.model.module, world)
+    write_model(tmp, run.model, world)
     with world.writing(tmp):
         write_json(tmp, f"rng-{world.rank}.json", rng_state())
-        if run.model.saves:
-            write_tensors(tmp, f"optimizer-{world.rank}.safetensors", *optimizer_state(run.model.parts, run.optimizer))
+        if run.parallel.saves:
+            write_tensors(tmp, f"optimizer-{world.rank}.safetensors", *optimizer_state(run.parallel.parts, run.optimizer))
             if run.ema is not None:
                 write_tensors(tmp, f"ema-{world.rank}.safetensors", dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
         if world.is_main:
@@ -143,10 +143,10 @@ def optimizer_state(held: list[Part], optimizer: torch.optim.Optimizer) -> tuple
 
 
 def write_tensors(folder: str, name: str, tensors: dict[str, Tensor], numbers: dict | None = None) -> None:
-    """One file of tensors without empty ones; `numbers` go into its header."""
+    """One file of tensors without empty ones; `numbers` go into its header, which has no fixed order, so it holds one thing."""
     path = os.path.join(folder, name)
     try:
-        save_file({key: t.contiguous() for key, t in tensors.items() if t.numel()}, path, metadata={"format": "pt", "numbers": json.dumps(numbers or {})})
+        save_file({key: t.contiguous() for key, t in tensors.items() if t.numel()}, path, metadata={"format": "pt"} if numbers is None else {"numbers": json.dumps(numbers)})
     except SafetensorError as error:   # a full disk, among others
         raise OSError(str(error)) from None
     os.chmod(path, 0o666 & ~current_umask())   # safetensors makes it readable by its owner alone
@@ -324,8 +324,8 @@ def load_checkpoint(run: Run, path: str) -> None:
     The flags given now stay as they are; what differs from the checkpoint's is printed. Raises UsageError (exit code 3)
     if the tensors are not those of this run's model and optimizer.
     """
-    load_model(run.model.module, path)
-    run.model.adopt()
+    load_model(run.model, path)
+    run.parallel.adopt()
     stored = read_json(path, "state.json")
     load_optimizer(run, path, stored["optimizer"])
     run.callbacks.load_states(stored["callbacks"])
@@ -415,11 +415,11 @@ def load_model(model: nn.Module, path: str) -> None:
 
 
 def load_optimizer(run: Run, path: str, stored: dict) -> None:
-    optimizer, held = run.optimizer, run.model.parts
+    optimizer, held = run.optimizer, run.parallel.parts
     if stored["class"] != type(optimizer).__name__:
         raise UsageError(f"{path} holds the state of {stored['class']}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
-    trained = {name for name, p in run.model.module.named_parameters() if p.requires_grad}
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     states: dict[Tensor, dict] = {}
     with PartFiles(path, "optimizer") as files:
         names = files.found.keys() | files.numbers.keys()

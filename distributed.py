@@ -229,29 +229,26 @@ def initial_device(args, world: World) -> contextlib.AbstractContextManager:
 
 
 def parallelize(model: nn.Module, args, world: World) -> Parallel:
-    """The model on this rank's device, spread as --strategy says. All ranks start from rank 0's weights.
-
-    With it backward gives the mean over ranks of each gradient. `unwrap` is the model itself.
-    """
+    """Moves the model, in place, to this rank's device and spreads it as --strategy says. All ranks start from rank 0's weights."""
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("the model has no trainable parameter: give one that has, or set requires_grad on those to train")
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
         return FullySharded(model, args, world)
-    model = model.to(world.device)
+    model.to(world.device)
     if world.world_size == 1:
         return Parallel(model, world)
     return DataParallel(model, world, args.strategy, args.strategy == "zero2" and not args.accumulate_unsharded,
                         int(args.ddp_bucket_cap_mb * 2**20), args.ddp_find_unused_parameters, args.cpu_offload)
 
 
-def clip_grads(model: Parallel, max_norm: float) -> Tensor:
+def clip_grads(parallel: Parallel, max_norm: float) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most max_norm (0: leaves them). Returns the norm before, ()."""
-    parameters = [part.piece for part in model.parts if part.piece.grad is not None]
+    parameters = [part.piece for part in parallel.parts if part.piece.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if model.split:     # that is the norm of this rank's pieces, of which there may be none
-        square = norm.to(model.world.device, torch.float64) ** 2
-        dist.all_reduce(square, group=model.group)
-        norm = square.sqrt().to(torch.promote_types(torch.float32, next(model.parameters()).dtype))
+    if parallel.split:      # that is the norm of this rank's pieces, of which there may be none
+        square = norm.to(parallel.world.device, torch.float64) ** 2
+        dist.all_reduce(square, group=parallel.group)
+        norm = square.sqrt().to(torch.promote_types(torch.float32, next(iter(parallel.trained.values())).dtype))
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -275,26 +272,26 @@ class FullySharded(Parallel):
     """FSDP2, which is ZeRO-3 (Rajbhandari et al. 2020, section 5.3; Zhao et al. 2023): weights, gradients and optimizer state are
     split, and a block's weights are gathered when forward or backward gets to it. hsdp: split within a group of ranks only."""
 
-    def __init__(self, module: nn.Module, args, world: World):
+    def __init__(self, model: nn.Module, args, world: World):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-        on_meta = any(p.is_meta for p in module.parameters())
+        on_meta = any(p.is_meta for p in model.parameters())
         if not on_meta:
-            share([*module.parameters(), *module.buffers()])
+            share([*model.parameters(), *model.buffers()])
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         options = {"mesh": world.device_mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
                    "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if args.cpu_offload else OffloadPolicy()}
-        for unit in find_units(module, args.fsdp_transformer_layer_cls_to_wrap):
+        for unit in find_units(model, args.fsdp_transformer_layer_cls_to_wrap):
             fully_shard(unit, reshard_after_forward=args.reshard_after_forward, **options)
-        fully_shard(module, **options)      # the rest; the root stays gathered from forward to backward
-        module.set_reduce_scatter_unused_params(True)       # or ranks that use different parameters would reduce different ones
+        fully_shard(model, **options)      # the rest; the root stays gathered from forward to backward
+        model.set_reduce_scatter_unused_params(True)       # or ranks that use different parameters would reduce different ones
         if on_meta:
-            materialize(module, torch.device("cpu") if args.cpu_offload else world.device)
-        super().__init__(module, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
-        self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
+            materialize(model, torch.device("cpu") if args.cpu_offload else world.device)
+        super().__init__(model, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
+        self.model, self.group, self.every_micro_batch = model, world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
         self.saves = world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
         self.used: set[str] = set()
-        self.units = [(name, unit) for name, unit in module.named_modules() if hasattr(unit, "reshard")]
+        self.units = [(name, unit) for name, unit in model.named_modules() if hasattr(unit, "reshard")]
         for name, unit in self.units:
             self.watch(name, unit)
 
@@ -324,8 +321,8 @@ class FullySharded(Parallel):
 
     @contextlib.contextmanager
     def grad_sync(self, last: bool) -> Iterator[None]:
-        self.module.set_requires_gradient_sync(last or self.every_micro_batch)
-        self.module.set_requires_all_reduce(last)       # hsdp: between the groups only once per window
+        self.model.set_requires_gradient_sync(last or self.every_micro_batch)
+        self.model.set_requires_all_reduce(last)       # hsdp: between the groups only once per window
         yield
         if last:
             self.give_grads()

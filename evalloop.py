@@ -25,20 +25,20 @@ def model_outputs(model: nn.Module, batch: Batch) -> Tensor:
 def evaluating(run: Run) -> Iterator[nn.Module]:
     """The bare model in eval mode without gradients, with averaged weights if there are (--ema_decay); its modes, its weights
     and all random generators are put back afterwards. All ranks enter it, and call the model equally often."""
-    model, optimizer, rng = run.model.module, run.optimizer, rng_state()
+    model, optimizer, rng = run.model, run.optimizer, rng_state()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
-        run.model.gather()
-    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place(run.model.gather)
+        run.parallel.gather()
+    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place(run.parallel.gather)
     try:
         with torch.no_grad(), averaged, run.precision.evaluation_weights(model, run.state.in_training):
             yield model
     finally:
         if hasattr(optimizer, "train"):
             optimizer.train()
-        run.model.gather()
+        run.parallel.gather()
         for module, training in modes:
             module.training = training
         set_rng_state(rng)

@@ -41,7 +41,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
         for i, micro_batch in enumerate(window):
             last = i + 1 == len(window)
             weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing
-            with run.model.grad_sync(last):                    # reduce once per window, or every time if gradients are split
+            with run.parallel.grad_sync(last):                    # reduce once per window, or every time if gradients are split
                 with precision.autocast():
                     loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))      # ()
                 if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
@@ -52,7 +52,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
             if not last:
                 run.callbacks.fire("on_substep_end", run)
         precision.unscale(run.optimizer)
-        grad_norm = clip_grads(run.model, run.args.max_grad_norm)
+        grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
         loss = world.add(share)
         run.callbacks.fire("on_pre_optimizer_step", run)
         state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))

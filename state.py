@@ -113,7 +113,8 @@ class Run:
 
     args: TrainArgs
     world: World
-    model: Parallel                          # as it trains; the user's own module is model.module
+    model: torch.nn.Module                   # the user's own: what losses, callbacks and checkpoints see
+    parallel: Parallel                       # how its training is spread over ranks
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]         # finished updates -> learning rate
     precision: Precision

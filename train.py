@@ -77,12 +77,12 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
                           torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None)
     precision.check_model(model)
     adapt(model, args)                                        # adapters.py    before wrapping
-    model = parallelize(model, args, world)                   # distributed.py <- your parallelism
-    optimizer = make_optimizer(model.module, args)           # optim.py       <- your optimizer; after wrapping
-    model.shard(optimizer)                                    # zero.py        from here on it trains this rank's parts
+    parallel = parallelize(model, args, world)                # distributed.py <- your parallelism
+    optimizer = make_optimizer(model, args)                   # optim.py       <- your optimizer; after that
+    parallel.shard(optimizer)                                 # zero.py        from here on it trains this rank's parts
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
-    run = Run(args, world, model, optimizer, schedule, precision, state, Callbacks([*progress, *callbacks]),
-              None if args.ema_decay is None else EMA(model.parts, args.ema_decay))
+    run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*progress, *callbacks]),
+              None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)                      # checkpoint.py  random generators and data position too

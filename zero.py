@@ -53,24 +53,20 @@ class Part(NamedTuple):
         return self.piece.numel() == self.shape.numel()
 
 
-class Parallel(nn.Module):
-    """A model as it trains, and how its training is spread over ranks. This one is for one process: nothing is sent or split.
+class Parallel:
+    """How the training of a model is spread over ranks. This one is for one process: nothing is sent or split.
 
     parts: what this rank's optimizer trains, in the order of the model's parameters. saves: whether these belong into a checkpoint,
     which they do not if another rank holds the same. split: whether other ranks train other parts.
     """
 
-    def __init__(self, module: nn.Module, world: World, split: bool = False):
-        super().__init__()
-        self.module, self.world, self.split, self.saves = module, world, split, split or world.is_main
+    def __init__(self, model: nn.Module, world: World, split: bool = False):
+        self.world, self.split, self.saves = world, split, split or world.is_main
         self.parts: list[Part] = []
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # what changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's
-        saved = module.state_dict(keep_vars=True)
-        self.shared_buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
+        saved = model.state_dict(keep_vars=True)
+        self.shared_buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Has an optimizer that was built on the bare model train what this rank holds."""
@@ -157,11 +153,11 @@ class DataParallel(Parallel):
     find_unused: allow parameters that a loss does not use. One that no rank has used is left alone, as in one process.
     """
 
-    def __init__(self, module: nn.Module, world: World, strategy: str, every_micro_batch: bool, bucket_bytes: int, find_unused: bool, offload: bool):
-        super().__init__(module, world, split=strategy != "ddp")
+    def __init__(self, model: nn.Module, world: World, strategy: str, every_micro_batch: bool, bucket_bytes: int, find_unused: bool, offload: bool):
+        super().__init__(model, world, split=strategy != "ddp")
         self.every_micro_batch, self.bucket_bytes, self.find_unused, self.offload = every_micro_batch, bucket_bytes, find_unused, offload
         self.group, self.buckets = dist.group.WORLD, []
-        share([*module.parameters(), *module.buffers()])
+        share([*model.parameters(), *model.buffers()])
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Lays out the buckets, and with ZeRO gives the optimizer this rank's pieces to train in place of the parameters."""

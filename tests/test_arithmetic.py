@@ -83,7 +83,7 @@ def test_log_rows_have_the_promised_keys_and_the_learning_rate_that_was_used(tmp
     assert all({"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= row.keys() for row in logged)
     assert [row["learning_rate"] for row in logged] == pytest.approx([4.1666666e-5, 2.5e-5, 8.333333e-6])
     assert last.keys() == {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss", "epoch", "step"}
-    outside = sum(p.numel() for name, p in run.model.module.named_parameters() if name != "embed.weight")
+    outside = sum(p.numel() for name, p in run.model.named_parameters() if name != "embed.weight")
     assert last["total_flos"] == 6 * outside * 6 * 2 * 8      # 6 N D with D = 6 updates x 2 samples x 8 tokens
 
 

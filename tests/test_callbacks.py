@@ -137,6 +137,6 @@ def test_callbacks_get_the_model_the_optimizer_and_the_loaders(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     with toy_run(args, eval_set=sequences(2), callbacks=[Look()]) as (run, loader, eval_loader):
         train(run, loader, eval_loader, compute_loss)
-    assert seen["model"] is run.model.module and seen["optimizer"] is run.optimizer and seen["args"] is args
+    assert seen["model"] is run.model and seen["optimizer"] is run.optimizer and seen["args"] is args
     assert seen["train_dataloader"] is loader and seen["eval_dataloader"] is eval_loader
     assert seen["history"] == rows(tmp_path)[:1]

@@ -408,7 +408,7 @@ def test_ema_is_the_average_it_says_is_evaluated_and_saved(tmp_path):
         evaluated = next(row["eval_loss"] for row in rows(tmp_path) if "eval_loss" in row)
         run.ema, averages = None, run.ema.averages
         plain = evaluate(run, eval_loader, compute_loss)["eval_loss"]
-        for name, p in run.model.module.named_parameters():
+        for name, p in run.model.named_parameters():
             p.data = averages[name]
         assert evaluated == pytest.approx(evaluate(run, eval_loader, compute_loss)["eval_loss"], abs=1e-9) and evaluated != plain
 

@@ -252,7 +252,7 @@ def test_tied_weights_are_saved_once_and_still_tied_after_resume(tmp_path):
     whole = run_training(arguments(tmp_path / "whole", **settings), model=tied())
     cut(tmp_path / "whole", tmp_path / "part", 1)
     run = run_training(arguments(tmp_path / "part", resume_from_checkpoint="True", **settings), model=tied())
-    assert run.model.module.head.weight is run.model.module.embed.weight
+    assert run.model.head.weight is run.model.embed.weight
     assert (flat(run) == flat(whole)).all()
 
 

@@ -278,7 +278,7 @@ def watched(output_dir, world_size: int, strategy: str):
         train(run, train_loader, eval_loader, compute_loss)
         last, predictions = evaluate(run, eval_loader, compute_loss)["eval_loss"], predict(run, eval_loader)
         loud = weights(run)
-        text = generate(run.model.module, torch.tensor([1]), 5)
+        text = generate(run.model, torch.tensor([1]), 5)
     assert all((quiet[name] == loud[name]).all() for name in quiet)
     return first, last, predictions.numpy(), text.tolist(), [row["eval_loss"] for row in rows(output_dir / "watched") if "eval_loss" in row]
 
@@ -305,9 +305,9 @@ def from_meta(output_dir, world_size: int, strategy: str):
         set_seed(3)
         with initial_device(args, world):
             model = GPT(VOCAB, LENGTH, n_layer=2, n_head=3, n_embd=18)
-        model = parallelize(model, args, world)
+        parallelize(model, args, world)
         held = sum(part.numel() for part in (p.to_local() for p in model.parameters()))
-        return {name: whole(p).numpy() for name, p in model.module.named_parameters()}, held
+        return {name: whole(p).numpy() for name, p in model.named_parameters()}, held
 
 
 @pytest.mark.parametrize("world_size, strategy", STRATEGIES[3:])
@@ -331,8 +331,8 @@ def saved(output_dir, world_size: int, strategy: str, resume=None, max_steps: in
 
 
 def held_state(run) -> dict[str, np.ndarray]:
-    state = {name: whole(p).numpy().copy() for name, p in run.model.module.named_parameters()}
-    for part, average in zip(run.model.parts, run.ema.parts):
+    state = {name: whole(p).numpy().copy() for name, p in run.model.named_parameters()}
+    for part, average in zip(run.parallel.parts, run.ema.parts):
         for key, value in {**run.optimizer.state.get(part.piece, {}), "ema": average.piece, "piece": part.piece}.items():
             if value.shape == part.piece.shape:
                 state[f"{part.name}.{key}.{part.start}"] = value.detach().numpy().flatten().copy()

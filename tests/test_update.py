@@ -124,4 +124,4 @@ def test_a_loss_of_ones_own_sums_over_its_items(tmp_path):
     run = run_training(args, squared_error, model=model, train_set=samples)
     x2 = sum(i * i for i in range(6)) / 6
     assert run.state.total_loss == pytest.approx(4 * x2)
-    assert run.model.module.weight.item() == pytest.approx(0.1 * 2 * 2 * x2)
+    assert run.model.weight.item() == pytest.approx(0.1 * 2 * 2 * x2)

@@ -85,7 +85,7 @@ def train_and(args: TrainArgs, look, loss_fn=compute_loss, **parts):
 
 def weights(run) -> dict[str, np.ndarray]:
     """All weights, whole, as rank 0 would save them; under fsdp every rank has to call it."""
-    return {name: whole(p).numpy().copy() for name, p in run.model.module.named_parameters()}
+    return {name: whole(p).numpy().copy() for name, p in run.model.named_parameters()}
 
 
 def flat(run) -> np.ndarray:

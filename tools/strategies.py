@@ -127,7 +127,7 @@ def run_case(case: Case, updates: int, weights: bool) -> dict:
         watch.buckets = getattr(run.model, "buckets", [])
         train(run, loader, None, compute_loss)
         losses = [row["loss"] for row in run.state.log_history if "loss" in row]
-        bare = run.model.module
+        bare = run.model
         names = dict(bare.named_parameters()) if weights else {}
         units = [sum(math.prod(p.shape) for p in unit.parameters()) for unit in find_units(bare, None)]
         return {"losses": losses, "weights": {name: whole(p) for name, p in names.items()}, "held": watch.held, "sent": watch.sent.bytes,

@@ -99,7 +99,7 @@ def train_there(output_dir, model=model, data=None, collator=collate, batch=MICR
 def train_here(output_dir, loss_fn=summed_loss, model=model, data=None, collator=collate_counted, batch=MICRO_BATCH, evaluation=False, **flags):
     args = TrainArgs(output_dir=str(output_dir), save_strategy="no", logging_steps=1, per_device_train_batch_size=batch, **flags)
     run = run_training(args, loss_fn, model=model(), train_set=data or samples(), eval_set=samples()[:7], collate=collator)
-    return result(rows(output_dir), run.model.module, evaluation)
+    return result(rows(output_dir), run.model, evaluation)
 
 
 def result(rows: list[dict], model, evaluation: bool):
