@@ -28,7 +28,8 @@ def test_without_flags_the_defaults_are_those_of_the_hf_trainer():
         if getattr(args, name) != (getattr(default, "value", default)):
             different.add(name)
     # theirs None means trainer_output, and no activation checkpointing; theirs False is worked out from the terminal here
-    assert different <= {"output_dir", "disable_tqdm", "activation_checkpointing"}
+    assert different <= {"output_dir", "disable_tqdm", "activation_checkpointing",
+                         "ddp_bucket_cap_mb", "ddp_find_unused_parameters"}     # None there: what PyTorch does by default
 
 
 def test_values_are_read_by_type():
@@ -53,8 +54,8 @@ def test_prefixes_and_misspelt_flags_are_refused_with_the_nearest_name(flag, mea
 
 @pytest.mark.parametrize("flag, hint", [("evaluation_strategy", "--eval_strategy"), ("no_cuda", "--use_cpu"), ("warmup_ratio", "--warmup_steps"),
                                         ("overwrite_output_dir", "--output_dir"), ("logging_nan_inf_filter", "nan_steps"),
-                                        ("per_gpu_train_batch_size", "--per_device_train_batch_size"), ("deepspeed", "distributed.py"),
-                                        ("fsdp", "distributed.py"), ("fsdp_config", "distributed.py"), ("save_safetensors", "safetensors")])
+                                        ("per_gpu_train_batch_size", "--per_device_train_batch_size"), ("deepspeed", "--strategy zero1, zero2 or fsdp"),
+                                        ("fsdp", "--strategy fsdp"), ("fsdp_config", "--reshard_after_forward"), ("save_safetensors", "safetensors")])
 def test_removed_flags_are_refused_with_what_replaced_them(flag, hint):
     message = problems(f"--{flag}", "x")
     assert f"--{flag} is not a flag here" in message and hint in message

@@ -19,7 +19,8 @@ SPANS = re.findall(r"`([^`\n]+)`", PROSE)
 CODE = [line.partition("#")[0] for line in BLOCKS] + SPANS
 
 TORCHRUN = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id"}
-WRITTEN_BY_A_RUN = {"metrics.jsonl", "model.safetensors", "optimizer.safetensors", "ema.safetensors", "rng-R.json", "state.json",
+SLURM = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task"}
+WRITTEN_BY_A_RUN = {"metrics.jsonl", "model.safetensors", "optimizer-R.safetensors", "ema-R.safetensors", "rng-R.json", "state.json",
                     "args.json", "manifest.json"}
 HF_WRITES = {"trainer_state.json"}
 
@@ -51,7 +52,7 @@ def test_every_file_its_picture_names_exists():
 
 def test_every_flag_it_names_is_a_flag():
     generate = set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "tools" / "generate.py").read_text()))
-    known = {field.name for field in dataclasses.fields(TrainArgs)} | generate | TORCHRUN | {"help"}
+    known = {field.name for field in dataclasses.fields(TrainArgs)} | generate | TORCHRUN | SLURM | {"help"}
     flags = set(re.findall(r"(?<![\w|-])--([a-z][\w-]*)", README))
     assert {"output_dir", "prompt", "nproc-per-node"} <= flags
     assert not flags - known
