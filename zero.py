@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from distributed import World
 
 # torch's optimizers that update each element by itself; others say so by an attribute, elementwise = True
-ELEMENTWISE = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop"))
+ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
+               torch.optim.Adamax, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop)
 # torch 2.13 gave these their names; before, the same functions had others
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -93,50 +94,48 @@ class Bucket:
     def __init__(self, parameters: list[Tensor], world: World, split: bool, whole: bool, offload: bool):
         self.parameters, self.split = parameters, split
         sizes = [p.numel() for p in parameters]
-        self.offsets = [0, *accumulate(sizes)][:-1]
+        self.offsets = [0, *accumulate(sizes)]
         ranks = world.world_size if split else 1
-        self.chunk = sizes[0] if whole else -(-sum(sizes) // ranks)     # the last chunks may have padding
-        self.size, self.first = ranks * self.chunk, world.rank * self.chunk if split else 0
+        chunk = sizes[0] if whole else -(-sum(sizes) // ranks)      # the last ones may have padding
+        self.size, self.first = ranks * chunk, world.rank * chunk if split else 0
+        # the parameters in this rank's chunk: (index, first and last element in the bucket)
+        ends = [(i, max(self.offsets[i], self.first), min(self.offsets[i + 1], self.first + chunk)) for i in range(len(parameters))]
+        self.ranges = [(index, start, stop) for index, start, stop in ends if start < stop]
         self.pieces = parameters
         if split:
             self.flat = parameters[0].detach().new_zeros(self.size)
-            for p, slot in zip(parameters, self.slots(self.flat)):
-                p.data = slot.copy_(p.detach())
-            self.mine = self.flat[self.first:self.first + self.chunk]
+            for index, p in enumerate(parameters):
+                p.data = self.slot(self.flat, index).copy_(p.detach())
+            self.mine = self.flat[self.first:self.first + chunk]
             self.held = self.mine.to("cpu", copy=True) if offload else self.mine
             self.pieces = [nn.Parameter(piece) for piece in self.cut(self.held)]
         self.used = [False] * len(parameters)       # in this window, by this rank's loss
         self.arrived: set[int] = set()              # in this backward
         self.buffer = self.grad = self.work = None
 
-    def slots(self, flat: Tensor) -> list[Tensor]:
-        """Views of a buffer of the whole bucket, one per parameter and in its shape."""
-        return [flat[offset:offset + p.numel()].view(p.shape) for p, offset in zip(self.parameters, self.offsets)]
-
-    def ranges(self) -> list[tuple[int, int, int]]:
-        """The parameters in this rank's chunk: (index, first and last element in the bucket)."""
-        ends = [(max(o, self.first), min(o + p.numel(), self.first + self.chunk)) for p, o in zip(self.parameters, self.offsets)]
-        return [(index, start, stop) for index, (start, stop) in enumerate(ends) if start < stop]
+    def slot(self, flat: Tensor, index: int) -> Tensor:
+        """The place of a parameter in a buffer of the whole bucket, in its shape."""
+        return flat[self.offsets[index]:self.offsets[index + 1]].view(self.parameters[index].shape)
 
     def cut(self, chunk: Tensor) -> list[Tensor]:
         """The pieces of parameters in this rank's chunk, or in one like it, as views; whole ones have their shape."""
-        pieces = [chunk[start - self.first:stop - self.first] for _, start, stop in self.ranges()]
-        return [piece.view(p.shape) if piece.numel() == p.numel() else piece
-                for piece, p in zip(pieces, (self.parameters[index] for index, _, _ in self.ranges()))]
+        pieces = [chunk[start - self.first:stop - self.first] for _, start, stop in self.ranges]
+        shapes = [self.parameters[index].shape for index, _, _ in self.ranges]
+        return [piece.view(shape) if piece.numel() == shape.numel() else piece for piece, shape in zip(pieces, shapes)]
 
     def take(self, index: int) -> None:
         """Moves a gradient that backward has finished into the buffer."""
         p = self.parameters[index]
         if self.buffer is None:
             self.buffer = p.grad.new_zeros(self.size)
-        self.slots(self.buffer)[index].copy_(p.grad)
+        self.slot(self.buffer, index).copy_(p.grad)
         p.grad, self.used[index] = None, True
         self.arrived.add(index)
 
     def start(self, group) -> None:
         """Begins the reduction to the mean over ranks: of everything, or of this rank's chunk."""
         buffer = self.parameters[0].detach().new_zeros(self.size) if self.buffer is None else self.buffer
-        self.reduced = buffer.new_empty(self.chunk) if self.split else buffer
+        self.reduced = torch.empty_like(self.mine) if self.split else buffer
         self.work = reduce_scatter(self.reduced, buffer, op=dist.ReduceOp.AVG, group=group, async_op=True) if self.split else \
             dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=group, async_op=True)
 
@@ -168,7 +167,7 @@ class DataParallel(Parallel):
             self.buckets.append(bucket)
             for index, p in enumerate(parameters):
                 p.register_post_accumulate_grad_hook(lambda p, bucket=bucket, index=index: self.on_grad(bucket, index))
-            found |= {parameters[index]: (piece, start - bucket.offsets[index]) for piece, (index, start, _) in zip(bucket.pieces, bucket.ranges())}
+            found |= {parameters[index]: (piece, start - bucket.offsets[index]) for piece, (index, start, _) in zip(bucket.pieces, bucket.ranges)}
         self.parts = [Part(name, *found[p], p.shape) for name, p in self.trained.items() if p in found]
         if self.split:
             train_pieces(optimizer, {p: piece for p, (piece, _) in found.items()})
@@ -214,7 +213,7 @@ class DataParallel(Parallel):
         for bucket in self.buckets:
             mine = [next(flags) for _ in bucket.parameters]
             grads = bucket.cut(bucket.grad.cpu() if self.offload else bucket.grad)
-            for piece, grad, (index, _, _) in zip(bucket.pieces, grads, bucket.ranges()):
+            for piece, grad, (index, _, _) in zip(bucket.pieces, grads, bucket.ranges):
                 piece.grad = grad if mine[index] else None
             bucket.grad, bucket.used = None, [False] * len(bucket.parameters)
 
@@ -263,6 +262,7 @@ def fill_buckets(parameters: list[Tensor], whole: set[Tensor], world_size: int, 
 def train_pieces(optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Tensor]) -> None:
     """Puts this rank's pieces into the optimizer's groups in place of the parameters; what other ranks have drops out."""
     if optimizer.state:
-        raise UsageError(f"{type(optimizer).__name__} makes its state before training, so it cannot be split over ranks: use --strategy ddp")
+        raise UsageError(f"{type(optimizer).__module__}.{type(optimizer).__name__} makes its state before training, so it cannot be split over "
+                         f"ranks: use --strategy ddp")
     for group in optimizer.param_groups:
         group["params"] = [pieces[p] for p in group["params"] if p in pieces]

@@ -38,6 +38,8 @@ def schedule_free(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
     class Resumable(AdamWScheduleFree):
         """Keeps its counters in the groups, where checkpoints do not look."""
 
+        elementwise = True      # so ranks may cut parameters anywhere
+
         def get_extra_state(self) -> dict:
             return {key: self.param_groups[0][key] for key in ("k", "weight_sum", "lr_max", "train_mode")}
 

@@ -254,7 +254,7 @@ def refused(output_dir, world_size: int, **changes) -> str:
 @pytest.mark.parametrize("changes, said", [
     ({"strategy": "hsdp", "hsdp_shard_size": 3}, "--hsdp_shard_size=3 ranks"),
     ({"strategy": "fsdp", "fsdp_transformer_layer_cls_to_wrap": "Blok"}, "no module of that class; it has Attention, Block"),
-    ({"strategy": "zero1", "optim": "adagrad"}, "Adagrad makes its state before training")])
+    ({"strategy": "zero1", "optim": "adagrad"}, "Adagrad makes its state before training, so it cannot")])
 def test_what_a_strategy_cannot_do_is_refused(ranks, tmp_path, changes, said):
     for message in on_ranks(ranks, refused_adagrad if changes.get("optim") else refused, tmp_path, world_size=2, **changes):
         assert said in message
@@ -294,7 +294,7 @@ def test_evaluating_at_any_time_is_right_and_leaves_training_alone(ranks, tmp_pa
 
 
 def from_meta(output_dir, world_size: int, strategy: str):
-    """Initial weights, and the largest tensor that was filled while they were made, in elements."""
+    """Initial weights, and how many elements of them this rank holds."""
     args = settings(output_dir, world_size, strategy)
     with open_world(args) as world:
         set_seed(3)
