@@ -17,8 +17,7 @@ from args import TrainArgs
 from state import UsageError
 from zero import Part
 
-# parameters without weight decay, by name, as in the HF Trainer
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")     # by name, as in the HF Trainer
 HIDDEN = re.compile(r"(?:^|\.)\d+\.")    # inside a numbered layer, such as blocks.0.up.weight
 
 
@@ -37,7 +36,7 @@ def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
     groups, lr, betas = parameter_groups(model, args.weight_decay), args.learning_rate, (args.adam_beta1, args.adam_beta2)
     own = parse_optim_args(args.optim_args)
     try:
-        if args.optim in ("adamw_torch_fused", "adamw_torch"):
+        if args.optim.startswith("adamw_torch"):
             fused = True if args.optim == "adamw_torch_fused" else None
             return torch.optim.AdamW(groups, **{"lr": lr, "betas": betas, "eps": args.adam_epsilon, "fused": fused, **own})
         if args.optim == "sgd":
@@ -61,12 +60,10 @@ def parse_optim_args(text: str | None) -> dict:
             continue
         if not equals:
             raise UsageError(f"--optim_args {text}: expected name=value pairs with commas between, got {part!r}")
-        if value in ("True", "False", "true", "false"):
-            values[key] = value.lower() == "true"
-        elif re.fullmatch(r"[-+]?\d+", value):
-            values[key] = int(value)
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value):
+            values[key] = int(value) if re.fullmatch(r"[-+]?\d+", value) else float(value)
         else:
-            values[key] = float(value) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value) else value
+            values[key] = {"True": True, "true": True, "False": False, "false": False}.get(value, value)
     return values
 
 
@@ -78,11 +75,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Second moments of a matrix kept as a row and a column. Shazeer and Stern 2018, algorithms 4 and 5.
-
-    With an external learning rate, as the HF Trainer uses it (scale_parameter=False, relative_step=False): the update is
-    clipped to root mean square `clip_threshold`; the decay of the moments is 1 - step ** decay_rate (section 7.2).
-    """
+    """Second moments of a matrix kept as a row and a column. Shazeer and Stern 2018, algorithms 4 and 5, with an external
+    learning rate, as the HF Trainer uses it (scale_parameter=False, relative_step=False): the update is clipped to root mean
+    square `clip_threshold`; the decay of the moments is 1 - step ** decay_rate (section 7.2)."""
 
     def __init__(self, params, lr: float, eps: float = 1e-30, clip_threshold: float = 1.0, decay_rate: float = -0.8,
                  beta1: float | None = None, weight_decay: float = 0.0):
@@ -157,13 +152,12 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **muon):
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = {p: name for name, p in model.named_parameters()}
         decayed, plain = parameter_groups(model, weight_decay)
-        hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[id(p)])]
+        hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[p])]
         if not hidden:
             raise UsageError("--optim muon found no matrix inside a numbered layer (such as blocks.0.up.weight): use another optimizer")
-        chosen = {id(p) for p in hidden}
-        decayed["params"] = [p for p in decayed["params"] if id(p) not in chosen]
+        decayed["params"] = [p for p in decayed["params"] if p not in set(hidden)]
         self.muon = torch.optim.Muon([{"params": hidden, "whole": True}], lr=lr, weight_decay=weight_decay,
                                      **{"adjust_lr_fn": "match_rms_adamw", **muon})
         self.adamw = torch.optim.AdamW([{**decayed, "whole": False}, {**plain, "whole": False}], lr=lr, betas=betas, eps=eps, fused=True)
@@ -186,10 +180,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class EMA:
-    """Exponential moving average of the trained weights, taken after every update (Polyak and Juditsky 1992).
-
-    average = decay * average + (1 - decay) * weight, in float32 at least. Each rank averages the parts that it trains.
-    """
+    """Exponential moving average of the trained weights, taken after every update (Polyak and Juditsky 1992):
+    average = decay * average + (1 - decay) * weight, in float32 at least. Each rank averages the parts that it trains."""
 
     def __init__(self, parts: list[Part], decay: float):
         self.parts = [part._replace(piece=part.piece.detach().to(torch.promote_types(part.piece.dtype, torch.float32), copy=True)) for part in parts]
