@@ -18,9 +18,7 @@ from state import Update, UsageError
 
 class Precision:
     """fp16, bf16: compute in that type. tf32: on NVIDIA GPUs, multiply float32 in 19 bits (None leaves torch's setting).
-
-    full_eval: the weights themselves are cast for evaluation outside training.
-    """
+    full_eval: the weights themselves are cast for evaluation outside training."""
 
     def __init__(self, device: torch.device, fp16: bool = False, bf16: bool = False, tf32: bool | None = None,
                  full_eval: torch.dtype | None = None):
@@ -32,9 +30,7 @@ class Precision:
             torch.backends.fp32_precision = "tf32" if tf32 else "ieee"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -55,10 +51,8 @@ class Precision:
             and isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam))
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped.
-
-        Where the device skips by itself the answer is always True; `find_nonfinite` tells one update later.
-        """
+        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped. Where the device skips
+        by itself the answer is always True; `find_nonfinite` tells one update later."""
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         if self.scaler is not None:             # the scaler waits for the device anyhow
             if finite:
@@ -91,10 +85,10 @@ class Precision:
         return found
 
     def find_last_nonfinite(self) -> tuple[int, Update] | None:
-        if self.pending is None:
+        pending, self.pending = self.pending, None
+        if pending is None:
             return None
-        step, update, copy, copied = self.pending
-        self.pending = None
+        step, update, copy, copied = pending
         copied.synchronize()
         return None if copy else (step, update)
 

@@ -25,11 +25,8 @@ LossFn = Callable[["torch.nn.Module", Batch], "torch.Tensor"]   # (model, micro-
 
 
 class UsageError(ValueError):
-    """A mistake of the user's, told in one message without a traceback.
-
-    exit_code: 1 another rank failed or memory ran out, 2 wrong arguments or data, 3 no usable checkpoint, 4 an update is not
-    finite, 5 output_dir cannot be written.
-    """
+    """A mistake of the user's, told in one message without a traceback. exit_code: 1 another rank failed or memory ran out,
+    2 wrong arguments or data, 3 no usable checkpoint, 4 an update is not finite, 5 output_dir cannot be written."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -43,10 +40,8 @@ def runtime(default):
 
 @dataclass
 class TrainState:
-    """Progress of a run. Names are those of the HF Trainer's state, so its callbacks can read them.
-
-    `to_dict` is what a checkpoint stores.
-    """
+    """Progress of a run. Names are those of the HF Trainer's state, so its callbacks can read them. `to_dict` is what a
+    checkpoint stores."""
 
     global_step: int = 0            # updates attempted over the whole run
     skipped_steps: int = 0          # of these, the ones not applied; the schedule reads global_step - skipped_steps
