@@ -27,13 +27,11 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     """One optimizer update from one window of micro-batches.
 
     `loss_fn` returns a SUM over label items. Dividing by their count over the window and all ranks makes 1x8, 2x4 and 8x1
-    the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied.
-
-    Returns None if no rank had a label item; then nothing is updated either.
+    the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied. Returns
+    None if no rank had a label item; then nothing is updated either.
     """
     state, world, precision = run.state, run.world, run.precision
-    num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window),
-                                                   sum(mb["num_samples"] for mb in window),
+    num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window),
                                                    sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
     update = None
     if num_items > 0:
@@ -83,7 +81,8 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`.
     """
     args, state, callbacks = run.args, run.state, run.callbacks
-    control, meter = callbacks.control, Meter(run, partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn))
+    control, meter = callbacks.control, Meter(run)
+    evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
     # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
     epoch_length = args.max_steps * args.gradient_accumulation_steps if train_loader.num_samples is None else len(train_loader)
@@ -96,7 +95,8 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     with catching_signals(run):
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
-            meter.evaluate(scheduled=False)
+            evaluation()
+            meter.since = time.perf_counter()
         # an epoch whose end was still to be handled is entered again, even if no window of it is left
         while state.epoch_open or (state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps
                                    and not control.should_training_stop):
@@ -114,7 +114,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                     handle_nonfinite(run, run.precision.find_nonfinite(state.global_step, update), meter)
                 ask_at_step_end(run)
                 callbacks.fire("on_step_end", run)
-                obey(run, meter)
+                obey(run, meter, evaluation)
                 if control.should_epoch_stop or control.should_training_stop:
                     break
             if began_at == 0 and state.total_samples == samples_before:
@@ -128,9 +128,9 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
             state.epoch_open = False
             ask_at_epoch_end(run)
             callbacks.fire("on_epoch_end", run)
-            obey(run, meter)
-        if args.save_strategy != "no":
-            meter.save_once()
+            obey(run, meter, evaluation)
+        if args.save_strategy != "no" and meter.saved_step != state.global_step:
+            meter.save()
         metrics = meter.final_metrics()
         callbacks.log(run, metrics)
         callbacks.fire("on_train_end", run)
@@ -138,13 +138,17 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     return metrics
 
 
-def obey(run: Run, meter: Meter) -> None:
+def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
     """Does what was asked for, in the order log, evaluate, save, stop. What was logged at this update is not logged again."""
     control = run.callbacks.control
     if control.should_log and run.state.last_logged_step < run.state.global_step:
         run.callbacks.log(run, meter.row())
     if control.should_evaluate:
-        meter.evaluate()
+        begin = time.perf_counter()
+        metrics = evaluation()
+        meter.since += time.perf_counter() - begin
+        if isinstance(run.schedule, Plateau):
+            run.schedule.observe(metrics["eval_loss"])
     if control.should_save:
         meter.save()
     if control.stop_signal:
@@ -169,28 +173,19 @@ def ask_at_epoch_end(run: Run) -> None:
 
 
 class Meter:
-    """What updates leave on the device until a log, a save or the end wants it on the host; and the training clock,
-    which stands still while the run evaluates or saves."""
+    """What updates leave on the device until a log, a save or the end wants it on the host; and the training clock."""
 
-    def __init__(self, run: Run, evaluation: Callable[[], dict]):
-        self.run, self.evaluation = run, evaluation
+    def __init__(self, run: Run):
+        self.run = run
         self.updates: list[Update] = []         # since the last `collect`
-        self.began = self.since = time.perf_counter()
+        self.began = self.since = time.perf_counter()       # since: the last log, put off by what evaluating and saving took
         self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
         self.since_tokens = run.state.num_input_tokens_seen
         self.saved_step = run.state.global_step or None     # a resumed run starts at a saved update
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - begin
-
     def collect(self) -> None:
-        """Brings losses and gradient norm to the host and into the state.
-
-        The state keeps each update's loss, so means do not depend on where saves fell in between: resume stays exact.
-        """
+        """Brings losses and gradient norm to the host and into the state, which keeps each update's loss: then means do not
+        depend on where saves fell in between, and resume stays exact."""
         state = self.run.state
         if self.updates:
             for loss in torch.stack([update.loss for update in self.updates]).tolist():
@@ -218,24 +213,14 @@ class Meter:
         self.since, self.since_tokens = now, state.num_input_tokens_seen
         return row
 
-    def evaluate(self, scheduled: bool = True) -> None:
-        with self.paused():
-            metrics = self.evaluation()
-        if scheduled and isinstance(self.run.schedule, Plateau):
-            self.run.schedule.observe(metrics["eval_loss"])
-
     def save(self) -> None:
         self.collect()
         handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)      # before anything is kept
-        with self.paused():
-            save_checkpoint(self.run)
-            self.saved_step = self.run.state.global_step
-            self.run.callbacks.fire("on_save", self.run)
-
-    def save_once(self) -> None:
-        """Saves unless the checkpoint of this update exists."""
-        if self.saved_step != self.run.state.global_step:
-            self.save()
+        begin = time.perf_counter()
+        save_checkpoint(self.run)
+        self.saved_step = self.run.state.global_step
+        self.run.callbacks.fire("on_save", self.run)
+        self.since += time.perf_counter() - begin
 
     def final_metrics(self) -> dict:
         self.collect()
@@ -288,11 +273,8 @@ def explaining_out_of_memory(args) -> Iterator[None]:
 
 
 def plan(args, state: TrainState, loader) -> None:
-    """Sets max_steps, num_train_epochs and the intervals of `state`, by the HF Trainer's arithmetic.
-
-    A resumed run may have another batch geometry: then the updates still to do are counted in the new one, from the
-    sample where the old one stopped.
-    """
+    """Sets max_steps, num_train_epochs and the intervals of `state`, by the HF Trainer's arithmetic. A resumed run may have another
+    batch geometry: then the updates still to do are counted in the new one, from the sample where the old one stopped."""
     samples_per_update = loader.round_size * args.gradient_accumulation_steps
     if loader.num_samples is None:
         if args.max_steps < 1:
@@ -310,8 +292,8 @@ def plan(args, state: TrainState, loader) -> None:
             math.ceil((position + state.max_steps - state.global_step) / steps_per_epoch)
     state.samples_per_update = samples_per_update
     state.train_batch_size = args.per_device_train_batch_size
-    for name, value in (("logging_steps", args.logging_steps), ("save_steps", args.save_steps),
-                        ("eval_steps", args.logging_steps if args.eval_steps is None else args.eval_steps)):
+    eval_steps = args.logging_steps if args.eval_steps is None else args.eval_steps
+    for name, value in (("logging_steps", args.logging_steps), ("eval_steps", eval_steps), ("save_steps", args.save_steps)):
         setattr(state, name, math.ceil(value * state.max_steps) if value < 1 else int(value))
 
 
@@ -323,10 +305,8 @@ def windows(args, micro_batches: int) -> int:
 @contextlib.contextmanager
 def catching_signals(run: Run) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the run to stop; a second one stops the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield       # Python delivers signals to the main thread alone
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()     # Python delivers signals to the main thread alone
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
 
     def catch(number, frame):       # print is not safe in a handler
         os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")
@@ -344,11 +324,11 @@ def catching_signals(run: Run) -> Iterator[None]:
 
 def stop_for_signal(run: Run, meter: Meter) -> None:
     """Saves and leaves with exit code 128 + signal, telling how to go on. The end of the run is left to its next start."""
-    meter.save_once()
+    number, step = run.callbacks.control.stop_signal, run.state.global_step
+    if meter.saved_step != step:
+        meter.save()
     run.callbacks.fire("on_train_end", run)
-    number = run.callbacks.control.stop_signal
     if run.world.is_main:
-        print(f"stopped by {signal.Signals(number).name} after update {run.state.global_step} of {run.state.max_steps}, saved in "
-              f"{run.args.output_dir}/checkpoint-{run.state.global_step}\n"
-              f"to go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
+        print(f"stopped by {signal.Signals(number).name} after update {step} of {run.state.max_steps}, saved in "
+              f"{run.args.output_dir}/checkpoint-{step}\nto go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
     raise SystemExit(128 + number)
