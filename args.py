@@ -11,10 +11,8 @@ import json
 import os
 import re
 import sys
-import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from state import UsageError
 
@@ -24,7 +22,7 @@ def arg(default, help: str, low: float | None = None, high: float | None = None)
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainArgs:
     """Every setting of a run; saved in each checkpoint. `check_args` says what is wrong with one."""
 
@@ -36,7 +34,6 @@ class TrainArgs:
     data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1)
     full_determinism: bool = arg(False, "only deterministic kernels; an operation without one is an error")
     use_cpu: bool = arg(False, "train on the CPU even where there is an accelerator")
-
     # -- data
     dataset: str | None = arg(None, "text, JSON, CSV or Parquet files (comma-separated, globs allowed) or a data set name;"
                               " default: the source code of Python's standard library")
@@ -45,7 +42,6 @@ class TrainArgs:
     text_column: str = arg("text", "column that holds the text of JSON, CSV, Parquet and named data sets")
     streaming: bool = arg(False, "read --dataset lazily, in its own order; needs --max_steps")
     dataloader_drop_last: bool = arg(False, "leave out the last incomplete round of micro-batches of an epoch")
-
     # -- model (model.py)
     n_layer: int = arg(4, "transformer blocks", 1, 1000)
     n_head: int = arg(4, "attention heads per block", 1, 1000)
@@ -54,14 +50,12 @@ class TrainArgs:
     vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000)
     dropout: float = arg(0.0, "probability of dropping an activation while training", 0, 0.999)
     sample_length: int = arg(300, "bytes the model writes when training ends (0: none)", 0, 1_000_000)
-
     # -- how long and how much at a time
     num_train_epochs: float = arg(3.0, "passes over the data; fractions allowed", 0, 1e9)
     max_steps: int = arg(-1, "updates to train for; above 0 it overrides num_train_epochs", -1, 10**12)
     per_device_train_batch_size: int = arg(8, "samples per rank per forward pass (one micro-batch)", 1, 10**8)
     per_device_eval_batch_size: int = arg(8, "samples per rank per forward pass of evaluation", 1, 10**8)
     gradient_accumulation_steps: int = arg(1, "micro-batches per rank per update (one window)", 1, 10**8)
-
     # -- the update
     learning_rate: float = arg(5e-5, "peak learning rate", 0, 1e6)
     optim: Literal["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "lion", "muon"] = arg("adamw_torch_fused", "optimizer")
@@ -82,7 +76,6 @@ class TrainArgs:
     on_nonfinite: Literal["stop", "skip"] = arg("stop", "what to do about an update with a NaN or infinite loss or gradient;"
                                                 " it is never applied (running statistics of BatchNorm excepted)")
     max_nonfinite: int = arg(10, "with --on_nonfinite skip: leave out at most this many in a row", 1, 10**9)
-
     # -- precision, memory and speed
     fp16: bool = arg(False, "compute in float16 with a scaled loss")
     bf16: bool = arg(False, "compute in bfloat16")
@@ -93,7 +86,6 @@ class TrainArgs:
     torch_compile: bool = arg(False, "compile the model")
     torch_compile_backend: str | None = arg(None, "backend of torch.compile (default: inductor)")
     torch_compile_mode: str | None = arg(None, "mode of torch.compile, as max-autotune")
-
     # -- ranks (distributed.py, zero.py)
     strategy: Literal["ddp", "zero1", "zero2", "fsdp", "hsdp"] = arg("ddp", "split over ranks: nothing, the optimizer's state, gradients"
                                                                      " too, weights too, weights within groups of ranks")
@@ -106,7 +98,6 @@ class TrainArgs:
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
     ddp_find_unused_parameters: bool = arg(True, "ddp, zero1, zero2: allow parameters that the loss does not use; False: an error names them")
     ddp_timeout: int = arg(1800, "seconds that a rank waits for the others before it gives up", 1, 10**9)
-
     # -- log, evaluate, save
     logging_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to log")
     logging_steps: float = arg(500, "updates between logs; below 1: the ratio of all updates", 0, 10**12)
@@ -173,7 +164,7 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     problems, values, bad = [unknown_flag(word) for word in unknown], {}, set()
     for name, text in vars(known).items():
         try:
-            values[name] = convert(text, HINTS[name])
+            values[name] = convert(text, name)
         except ValueError as error:
             bad.add(name)
             problems.append(f"--{name}{'' if text is MISSING else ' ' + text}: {error}")
@@ -182,7 +173,8 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     return args
 
 
-HINTS = typing.get_type_hints(TrainArgs)
+HINTS = get_type_hints(TrainArgs)
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
 MISSING = "<no value>"   # what a flag without a value gets from argparse
 
 
@@ -198,29 +190,27 @@ def unknown_flag(word: str) -> str:
     return f"--{name} is not a flag" + (f": did you mean --{near[0]}?" if near else "; --help lists them all")
 
 
-def literal_choices(hint) -> tuple[str, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
 def type_name(hint) -> str:
-    options = [t for t in typing.get_args(hint) or (hint,) if t is not type(None)]
+    options = [t for t in get_args(hint) or (hint,) if t is not type(None)]
     return {int: "INT", float: "NUMBER", bool: "True|False", str: "TEXT", dict: "JSON"}.get(options[0]) or "|".join(options)
 
 
-def convert(text: str, hint):
+def convert(text: str, name: str):
     """`text` as the type of the field; ValueError says what was expected."""
-    choices, kind = literal_choices(hint), type_name(hint)
-    if choices and text not in choices:
-        raise ValueError(f"expected one of {', '.join(choices)}")
+    kind = type_name(HINTS[name])
+    if name in CHOICES:
+        if text not in CHOICES[name]:
+            raise ValueError(f"expected one of {', '.join(CHOICES[name])}")
+        return text
     if kind == "True|False":
         if text.lower() not in ("true", "false", MISSING):
             raise ValueError("expected True or False, or nothing for True")
         return text.lower() != "false"
     if text is MISSING:
         raise ValueError("expected a value")
-    if text.lower() == "none" and type(None) in typing.get_args(hint):
+    if text.lower() == "none" and type(None) in get_args(HINTS[name]):
         return None
-    if choices or kind == "TEXT":
+    if kind == "TEXT":
         return text
     try:
         if kind == "JSON":
@@ -235,24 +225,21 @@ def convert(text: str, hint):
 
 
 def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str] = ()) -> None:
-    """Raises one `UsageError` with every problem of the settings: of values, and of how they fit together.
-
-    problems: what `parse_args` has found already, of the fields `bad`.
-    """
+    """Raises one `UsageError` with every problem of the settings: of values, and of how they fit together. problems: what
+    `parse_args` has found already, of the fields `bad`."""
     problems, bad = list(problems), set(bad)
     for f in dataclasses.fields(args):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
-        choices = literal_choices(HINTS[f.name])
-        said = None
-        if choices and value not in choices:
-            said = f"must be one of {', '.join(choices)}"
-        elif low is not None and value is not None:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                said = f"must be a number from {low} to {high}"
-            elif type_name(HINTS[f.name]) == "INT" and value != int(value):
-                said = "must be a whole number"
-        if said:
-            problems.append(f"{f.name}={value!r} {said}")
+        if f.name in CHOICES:
+            fits, wanted = value in CHOICES[f.name], f"one of {', '.join(CHOICES[f.name])}"
+        elif low is None or value is None:
+            continue
+        else:
+            whole = type_name(HINTS[f.name]) == "INT"
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and (not whole or value == int(value))
+            wanted = f"a {'whole ' * whole}number from {low} to {high}"
+        if not fits:
+            problems.append(f"{f.name}={value!r} must be {wanted}")
             bad.add(f.name)
     a = dataclasses.replace(args, **{f.name: f.default for f in dataclasses.fields(args) if f.name in bad})   # comparable below
 

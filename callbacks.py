@@ -37,13 +37,10 @@ AGREED_AFTER = ("on_train_begin", "on_epoch_begin", "on_step_end", "on_epoch_end
 
 class Callback:
     """Override the events you want. Every event gets (args, state, control, **kwargs), with kwargs model, optimizer,
-    lr_scheduler (the schedule function), train_dataloader, eval_dataloader, and logs or metrics where there are some.
-
-    `state` gives what a checkpoint should keep of this callback, JSON values under "attributes"; they are set on resume.
-    """
+    lr_scheduler (the schedule function), train_dataloader, eval_dataloader, and logs or metrics where there are some. `state`
+    gives what a checkpoint should keep of this callback, JSON values under "attributes"; they are set on resume."""
 
     def on_init_end(self, args, state, control, **kwargs): pass
-
     on_train_begin = on_epoch_begin = on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_step_end = on_init_end
     on_log = on_prediction_step = on_evaluate = on_predict = on_save = on_epoch_end = on_train_end = on_init_end
 

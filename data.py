@@ -30,8 +30,7 @@ class Loader:
     """The micro-batches of one rank, in an order that depends only on (seed, epoch).
 
     dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order.
-    collate: list of samples -> batch of tensors with `num_items`.
-    seed: of the epoch orders; None reads in sequence.
+    collate: list of samples -> batch of tensors with `num_items`. seed: of the epoch orders; None reads in sequence.
     vocab_size: if given, token ids in `input_ids` and same-shaped `labels` are checked against it.
 
     All ranks get equally many micro-batches. A rank without samples in the last round gets one filler sample, marked by
@@ -117,11 +116,9 @@ def check_ids(batch: Batch, names, vocab_size: int) -> None:
 # ---------------------------------------------------------------------------------------------------- blocks of tokens
 
 class Blocks:
-    """Tokens cut into training samples of block_size tokens; each token but the first is a label exactly once.
-
-    tokens: (N,) integers. starts: (n,) first positions of the blocks that belong to this set.
-    A sample is input_ids (T,) = tokens[s:s+T] and labels (T,) = the next token of each; past the end, labels are -100.
-    """
+    """Tokens cut into training samples of block_size tokens; each token but the first is a label exactly once. tokens: (N,)
+    integers. starts: (n,) first positions of the blocks that belong to this set. A sample is input_ids (T,) = tokens[s:s+T]
+    and labels (T,) = the next token of each; past the end, labels are -100."""
 
     def __init__(self, tokens: Tensor, starts: Tensor, block_size: int):
         self.num_tokens, self.starts = len(tokens), starts
@@ -160,11 +157,8 @@ def held_out(block: bytes) -> bool:
 
 
 class BlockStream:
-    """The same blocks read lazily, one document after the other, in memory of one document and one block.
-
-    documents: called for each pass, gives an iterator of bytes. part: "train" skips held-out blocks, "eval" keeps only
-    them, None keeps all.
-    """
+    """The same blocks read lazily, one document after the other, in memory of one document and one block. documents: called for
+    each pass, gives an iterator of bytes. part: "train" skips held-out blocks, "eval" keeps only them, None keeps all."""
 
     def __init__(self, documents: Callable[[], Iterable[bytes]], block_size: int, vocab_size: int, part: str | None, what: str):
         self.documents, self.block_size, self.vocab_size = documents, block_size, vocab_size
@@ -174,8 +168,7 @@ class BlockStream:
         T, buffer, seen = self.block_size, b"", 0
         for number, document in enumerate(self.documents()):
             if document and max(document) >= self.vocab_size:
-                raise UsageError(f"{self.what}: document {number} has token {max(document)}; "
-                                 f"raise --vocab_size {self.vocab_size} above it")
+                raise UsageError(f"{self.what}: document {number} has token {max(document)}; raise --vocab_size {self.vocab_size} above it")
             buffer += document
             seen += len(document)
             whole = max(len(buffer) - 1, 0) // T * T
@@ -208,19 +201,20 @@ def build_data(args: TrainArgs) -> Data:
     """The data of --dataset and --eval_dataset as blocks of bytes; by default Python's own source code."""
     cut = args.block_size, args.vocab_size
     by_hash = args.eval_dataset is None     # then blocks of --dataset are held out
+
+    def texts(name: str) -> Callable[[], Iterator[bytes]]:
+        rows = read_rows(name, args)
+        return lambda: documents(rows, args.text_column)
     if args.streaming:
-        def stream(name: str, part: str | None) -> BlockStream:
-            rows = read_rows(name, args)
-            return BlockStream(lambda: documents(rows, args.text_column), *cut, part, name)
-        data = Data(stream(args.dataset, "train" if by_hash else None),
-                    stream(args.dataset, "eval") if by_hash else stream(args.eval_dataset, None),
-                    f"{args.dataset}, streamed in its own order", "")
+        name, part = (args.dataset, "eval") if by_hash else (args.eval_dataset, None)
+        data = Data(BlockStream(texts(args.dataset), *cut, "train" if by_hash else None, args.dataset),
+                    BlockStream(texts(name), *cut, part, name), f"{args.dataset}, streamed in its own order", "")
     else:
         if args.dataset is None:
             tokens, evals, about = stdlib_tokens()
         else:
-            tokens = read_tokens(args.dataset, args)
-            evals, about = tokens if by_hash else read_tokens(args.eval_dataset, args), f"{args.dataset}, {len(tokens):,} bytes"
+            tokens = to_tokens(b"".join(texts(args.dataset)()))
+            evals, about = tokens if by_hash else to_tokens(b"".join(texts(args.eval_dataset)())), f"{args.dataset}, {len(tokens):,} bytes"
         starts = block_starts(tokens, *cut, args.dataset or "training data")
         if evals is tokens:
             array = tokens.numpy()
@@ -243,24 +237,19 @@ def to_tokens(text: bytes) -> Tensor:
 
 
 def stdlib_tokens() -> tuple[Tensor, Tensor, str]:
-    """Training and held-out bytes of Python's standard library, split by file name, test folders left out.
-
-    Files are joined by a zero byte, which no source file contains: a model learns to start and end a file.
-    Where Python comes without its source, torch's and numpy's are read instead.
-    """
+    """Training and held-out bytes of Python's standard library, split by file name, test folders left out. Files are joined by
+    a zero byte, which no source file contains: a model learns to start and end a file."""
     root = sysconfig.get_path("stdlib")
-    files = source_files(root)
-    about = f"source of Python {platform.python_version()}'s standard library"
-    if sum(os.path.getsize(f) for f in files) < 1_000_000:
+    files, about = source_files(root), f"source of Python {platform.python_version()}'s standard library"
+    if sum(os.path.getsize(f) for f in files) < 1_000_000:      # a Python that comes without its source
         roots = [os.path.dirname(module.__file__) for module in (torch, np)]
-        root = os.path.commonpath(roots)
-        files = [f for r in roots for f in source_files(r)]
+        root, files = os.path.commonpath(roots), [f for r in roots for f in source_files(r)]
         about = f"source of torch {torch.__version__} and numpy {np.__version__}"
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     for name in files:
         with open(name, "rb") as file:
             parts[held_out(os.path.relpath(name, root).replace(os.sep, "/").encode())].append(file.read())
-    train, evals = (to_tokens(b"\0" + b"\0".join(part) + b"\0") for part in (parts[False], parts[True]))
+    train, evals = (to_tokens(b"\0" + b"\0".join(part) + b"\0") for part in parts.values())
     return train, evals, f"{about}: {len(files)} files, {len(train) + len(evals):,} bytes, split by file"
 
 
@@ -308,9 +297,8 @@ def find_files(name: str) -> list[str] | None:
     """The files that a comma-separated list of paths, folders and globs names; None if it is the name of a data set."""
     files = []
     for part in name.split(","):
-        part = os.path.expanduser(part)
-        if os.path.isdir(part):
-            part = os.path.join(glob.escape(part), "**")
+        path = os.path.expanduser(part)
+        part = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
         found = [f for f in sorted(glob.glob(part, recursive=True)) if os.path.isfile(f)] if glob.has_magic(part) else [part]
         files += found
         if not found:
@@ -337,7 +325,3 @@ def documents(rows, column: str) -> Iterator[bytes]:
             yield text.encode() if lines else text.encode() + b"\0"
     except ValueError as error:     # of a stream, whose files are parsed as they are read
         raise error if isinstance(error, UsageError) else UsageError(f"the data cannot be read after row {number}: {error}") from None
-
-
-def read_tokens(name: str, args: TrainArgs) -> Tensor:
-    return to_tokens(b"".join(documents(read_rows(name, args), args.text_column)))

@@ -80,8 +80,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal the
     update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`.
     """
-    args, state, callbacks = run.args, run.state, run.callbacks
-    control, meter = callbacks.control, Meter(run)
+    args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run)
     evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
     # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
@@ -288,10 +287,9 @@ def plan(args, state: TrainState, loader) -> None:
             position = (state.epochs_done + 1) * steps_per_epoch - left
         end = math.ceil(args.num_train_epochs * steps_per_epoch)
         state.max_steps = args.max_steps if args.max_steps > 0 else state.global_step + max(0, end - position)
-        state.num_train_epochs = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else \
-            math.ceil((position + state.max_steps - state.global_step) / steps_per_epoch)
-    state.samples_per_update = samples_per_update
-    state.train_batch_size = args.per_device_train_batch_size
+        epochs = args.num_train_epochs if args.max_steps <= 0 else (position + state.max_steps - state.global_step) / steps_per_epoch
+        state.num_train_epochs = math.ceil(epochs)
+    state.samples_per_update, state.train_batch_size = samples_per_update, args.per_device_train_batch_size
     eval_steps = args.logging_steps if args.eval_steps is None else args.eval_steps
     for name, value in (("logging_steps", args.logging_steps), ("eval_steps", eval_steps), ("save_steps", args.save_steps)):
         setattr(state, name, math.ceil(value * state.max_steps) if value < 1 else int(value))

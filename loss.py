@@ -48,9 +48,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, label_smoothing: float, training: bool) -> Tensor:
         kind = hidden.device.type
         fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        rows, targets = hidden.detach().flatten(0, -2), labels.flatten()
-        if fp16:
-            rows = rows.float()
+        rows, targets = (hidden.detach().float() if fp16 else hidden.detach()).flatten(0, -2), labels.flatten()
         wants_rows, wants_head = (training and needed for needed in ctx.needs_input_grad[:2])
         weight = head.detach().requires_grad_(wants_head)
         total = torch.zeros((), device=hidden.device)

@@ -33,19 +33,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
     """The optimizer of --optim over the bare model's parameters. --optim_args: its own settings, as "momentum=0.9,nesterov=True"."""
-    groups, lr, betas = parameter_groups(model, args.weight_decay), args.learning_rate, (args.adam_beta1, args.adam_beta2)
-    own = parse_optim_args(args.optim_args)
+    betas, own = (args.adam_beta1, args.adam_beta2), parse_optim_args(args.optim_args)
+    adamw = {"betas": betas, "eps": args.adam_epsilon}
     try:
-        if args.optim.startswith("adamw_torch"):
-            fused = True if args.optim == "adamw_torch_fused" else None
-            return torch.optim.AdamW(groups, **{"lr": lr, "betas": betas, "eps": args.adam_epsilon, "fused": fused, **own})
-        if args.optim == "sgd":
-            return torch.optim.SGD(groups, **{"lr": lr, **own})
-        if args.optim == "adafactor":
-            return Adafactor(groups, **{"lr": lr, **own})
-        if args.optim == "lion":
-            return Lion(groups, **{"lr": lr, "betas": betas, **own})
-        return MuonAdamW(model, lr, args.weight_decay, betas, args.adam_epsilon, **own)
+        if args.optim == "muon":
+            return MuonAdamW(model, args.learning_rate, args.weight_decay, **adamw, **own)
+        kind, settings = {"adamw_torch_fused": (torch.optim.AdamW, {**adamw, "fused": True}), "adamw_torch": (torch.optim.AdamW, adamw),
+                          "sgd": (torch.optim.SGD, {}), "adafactor": (Adafactor, {}), "lion": (Lion, {"betas": betas})}[args.optim]
+        return kind(parameter_groups(model, args.weight_decay), **{"lr": args.learning_rate, **settings, **own})
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, UsageError) else \
             UsageError(f"--optim_args {args.optim_args}: {args.optim} does not take that ({error})") from None
@@ -145,11 +140,9 @@ class Lion(torch.optim.Optimizer):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon (Jordan et al. 2024) for the matrices inside numbered layers, AdamW for everything else.
-
-    The orthogonalised update is scaled to the size of AdamW's (adjust_lr_fn="match_rms_adamw", Liu et al. 2025, section 2.2),
-    so both take the same learning rate and weight decay. momentum, nesterov, ns_steps go to Muon.
-    """
+    """torch.optim.Muon (Jordan et al. 2024) for the matrices inside numbered layers, AdamW for everything else. The orthogonalised
+    update is scaled to the size of AdamW's (adjust_lr_fn="match_rms_adamw", Liu et al. 2025, section 2.2), so both take the same
+    learning rate and weight decay. momentum, nesterov, ns_steps go to Muon."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **muon):
         names = {p: name for name, p in model.named_parameters()}

@@ -10,6 +10,9 @@ import inspect
 import math
 from collections.abc import Callable
 
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 from args import TrainArgs
 from state import UsageError
 
@@ -65,10 +68,8 @@ def polynomial(step: int, warmup: int, total: int, peak: float, power: float = 1
 
 
 def inverse_sqrt(step: int, warmup: int, total: int, timescale: int | None = None) -> float:
-    """1 / sqrt of the updates since the warm-up, counted in `timescale` (default: the warm-up, or 10,000 without one).
-
-    Vaswani et al. 2017, section 5.3.
-    """
+    """1 / sqrt of the updates since the warm-up, counted in `timescale` (default: the warm-up, or 10,000 without one). Vaswani
+    et al. 2017, section 5.3."""
     timescale = timescale or warmup or 10_000
     return 1.0 / math.sqrt((step + timescale - warmup) / timescale)
 
@@ -77,9 +78,7 @@ def warmup_stable_decay(step: int, warmup: int, total: int, num_decay_steps: int
                         warmup_type: str = "linear", decay_type: str = "cosine", min_lr_ratio: float = 0.0,
                         num_cycles: float = 0.5) -> float:
     """Up from `min_lr_ratio`, flat, and down to it over the last `num_decay_steps`. Hu et al. 2024 (MiniCPM), section 4.
-
-    warmup_type, decay_type: linear, cosine or 1-sqrt (Haegele et al. 2024, section 3).
-    """
+    warmup_type, decay_type: linear, cosine or 1-sqrt (Haegele et al. 2024, section 3)."""
     down = {"linear": lambda x: 1 - x, "cosine": lambda x: wave(num_cycles, x), "1-sqrt": lambda x: 1 - math.sqrt(x)}
     up = {"linear": lambda x: x, "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)), "1-sqrt": lambda x: 1 - math.sqrt(1 - x)}
     if not all(kind in list(up) for kind in (warmup_type, decay_type)):
@@ -102,44 +101,31 @@ OWN_WARMUP = ("constant", "warmup_stable_decay", "cosine_warmup_with_min_lr")   
 
 
 class Plateau:
-    """Multiplies the learning rate by `factor` when the evaluation loss has not improved for more than `patience` evaluations.
-
-    The rules of torch.optim.lr_scheduler.ReduceLROnPlateau, for one learning rate and as a schedule.
-    """
+    """torch's ReduceLROnPlateau as a schedule: multiplies the learning rate by `factor` when the evaluation loss has not improved
+    for more than `patience` evaluations."""
 
     def __init__(self, peak: float, mode: str = "min", factor: float = 0.1, patience: int = 10, threshold: float = 1e-4,
                  threshold_mode: str = "rel", cooldown: int = 0, min_lr: float = 0.0, eps: float = 1e-8):
         if mode not in ("min", "max") or threshold_mode not in ("rel", "abs") or not 0 <= factor < 1:
             raise ValueError(f"mode={mode!r} must be min or max, threshold_mode={threshold_mode!r} rel or abs, factor={factor} below 1")
-        self.lr, self.mode, self.factor, self.patience, self.threshold = peak, mode, factor, patience, threshold
-        self.threshold_mode, self.cooldown, self.min_lr, self.eps = threshold_mode, cooldown, min_lr, eps
-        self.best: float | None = None
-        self.bad_evaluations = self.cooling = 0
+        optimizer = torch.optim.SGD([torch.zeros(())], lr=peak)     # torch's rule works on the learning rate of one; this is never stepped
+        self.group = optimizer.param_groups[0]
+        self.rule = ReduceLROnPlateau(optimizer, mode, factor, patience, threshold, threshold_mode, cooldown, min_lr, eps)
 
     def __call__(self, step: int) -> float:
-        return self.lr
+        return self.group["lr"]
 
     def observe(self, metric: float) -> None:
         """Called with the metric of each evaluation during training."""
-        sign = 1 if self.mode == "min" else -1      # of a metric that gets better as it falls
-        best = math.inf if self.best is None else sign * self.best
-        if sign * metric < (best * (1 - sign * self.threshold) if self.threshold_mode == "rel" else best - self.threshold):
-            self.best, self.bad_evaluations = metric, 0
-        else:
-            self.bad_evaluations += 1
-        if self.cooling > 0:
-            self.cooling -= 1
-            self.bad_evaluations = 0
-        if self.bad_evaluations > self.patience:
-            lower = max(self.lr * self.factor, self.min_lr)
-            self.lr = lower if self.lr - lower > self.eps else self.lr
-            self.cooling, self.bad_evaluations = self.cooldown, 0
+        self.rule.step(metric)
 
     def state_dict(self) -> dict:
-        return {"lr": self.lr, "best": self.best, "bad_evaluations": self.bad_evaluations, "cooling": self.cooling}
+        best = self.rule.best if math.isfinite(self.rule.best) else None        # none yet
+        return {"lr": self.group["lr"], "best": best, "bad_evaluations": self.rule.num_bad_epochs, "cooling": self.rule.cooldown_counter}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        self.group["lr"], self.rule.best = state["lr"], self.rule.best if state["best"] is None else state["best"]
+        self.rule.num_bad_epochs, self.rule.cooldown_counter = state["bad_evaluations"], state["cooling"]
 
 
 def build_schedule(args: TrainArgs, total: int) -> Callable[[int], float]:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]      # tensors for the model, and the ints num_items and num_samples for the loop
 LossFn = Callable[["torch.nn.Module", Batch], "torch.Tensor"]   # (model, micro-batch) -> summed loss ()
+runtime = partial(field, metadata={"runtime": True})            # a field that is worked out at each start and not saved
 
 
 class UsageError(ValueError):
@@ -31,11 +33,6 @@ class UsageError(ValueError):
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def runtime(default):
-    """A field that is worked out at each start and not saved."""
-    return field(default=default, metadata={"runtime": True})
 
 
 @dataclass
@@ -67,18 +64,17 @@ class TrainState:
     samples_per_update: int = 0     # batch geometry: of all ranks, over one window
     epoch_open: bool = False        # a pass has begun whose end has not been handled yet
     log_bytes: int = 0              # length of metrics.jsonl, which is the history; resume truncates to it
-
-    max_steps: int = runtime(0)
-    num_train_epochs: int = runtime(0)
-    logging_steps: int = runtime(0)         # intervals in updates, ratios resolved
-    eval_steps: int = runtime(0)
-    save_steps: int = runtime(0)
-    train_batch_size: int = runtime(0)
-    is_local_process_zero: bool = runtime(True)
-    is_world_process_zero: bool = runtime(True)
-    log_path: str = runtime("")
-    in_training: bool = runtime(False)       # train() is at work
-    finished: bool = runtime(False)         # nothing was left to do when this start found the run
+    max_steps: int = runtime(default=0)
+    num_train_epochs: int = runtime(default=0)
+    logging_steps: int = runtime(default=0)         # intervals in updates, ratios resolved
+    eval_steps: int = runtime(default=0)
+    save_steps: int = runtime(default=0)
+    train_batch_size: int = runtime(default=0)
+    is_local_process_zero: bool = runtime(default=True)
+    is_world_process_zero: bool = runtime(default=True)
+    log_path: str = runtime(default="")
+    in_training: bool = runtime(default=False)       # train() is at work
+    finished: bool = runtime(default=False)         # nothing was left to do when this start found the run
 
     def to_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if "runtime" not in f.metadata}
