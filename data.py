@@ -114,7 +114,6 @@ def check_ids(batch: Batch, names, vocab_size: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- blocks of tokens
-
 class Blocks:
     """Tokens cut into training samples of block_size tokens; each token but the first is a label exactly once. tokens: (N,)
     integers. starts: (n,) first positions of the blocks that belong to this set. A sample is input_ids (T,) = tokens[s:s+T]
@@ -186,7 +185,6 @@ class BlockStream:
 
 
 # ---------------------------------------------------------------------------------------------------- where tokens come from
-
 @dataclass
 class Data:
     """Training and held-out samples, one line that says what they are, and a digest of the training tokens ("" for a stream)."""

@@ -200,8 +200,7 @@ class Meter:
         self.collect()
         state, now = self.run.state, time.perf_counter()
         losses = state.recent_losses
-        row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm,
-               "learning_rate": state.learning_rate,
+        row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm, "learning_rate": state.learning_rate,
                "tokens_per_second": (state.num_input_tokens_seen - self.since_tokens) / (now - self.since)}
         for name in ("nan_steps", "empty_steps", "skipped_steps"):
             if count := getattr(state, name) - getattr(state, f"recent_{name}"):

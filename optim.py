@@ -83,36 +83,35 @@ class Adafactor(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, p.grad.to(torch.promote_types(p.dtype, torch.float32)), self.state[p], group)
-
-    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-        if not state:
-            state["step"] = torch.zeros(())
-            if p.ndim >= 2:
-                state["row"], state["column"] = grad.new_zeros(p.shape[:-1]), grad.new_zeros(p.shape[:-2] + p.shape[-1:])
-            else:
-                state["square"] = torch.zeros_like(grad)
-            if group["beta1"] is not None:
-                state["exp_avg"] = torch.zeros_like(grad)
-        state["step"] += 1
-        decay = 1.0 - math.pow(state["step"].item(), group["decay_rate"])     # a CPU tensor: no device is waited for
-        square = grad**2 + group["eps"]
-        if p.ndim >= 2:
-            state["row"].mul_(decay).add_(square.mean(dim=-1), alpha=1.0 - decay)
-            state["column"].mul_(decay).add_(square.mean(dim=-2), alpha=1.0 - decay)
-            row = (state["row"] / state["row"].mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-            update = (row * state["column"].unsqueeze(-2).rsqrt()).mul_(grad)
-        else:
-            state["square"].mul_(decay).add_(square, alpha=1.0 - decay)
-            update = state["square"].rsqrt().mul_(grad)
-        root_mean_square = update.norm(2) / (update.numel() ** 0.5)
-        update.div_((root_mean_square / group["clip_threshold"]).clamp_(min=1.0)).mul_(group["lr"])
-        if group["beta1"] is not None:
-            update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
-        if group["weight_decay"] != 0:
-            p.add_(p, alpha=-group["weight_decay"] * group["lr"])
-        p.add_(-update)
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.to(torch.promote_types(p.dtype, torch.float32))
+                if not state:
+                    state["step"] = torch.zeros(())
+                    if p.ndim >= 2:
+                        state["row"], state["column"] = grad.new_zeros(p.shape[:-1]), grad.new_zeros(p.shape[:-2] + p.shape[-1:])
+                    else:
+                        state["square"] = torch.zeros_like(grad)
+                    if group["beta1"] is not None:
+                        state["exp_avg"] = torch.zeros_like(grad)
+                state["step"] += 1
+                decay = 1.0 - math.pow(state["step"].item(), group["decay_rate"])     # a CPU tensor: no device is waited for
+                square = grad**2 + group["eps"]
+                if p.ndim >= 2:
+                    state["row"].mul_(decay).add_(square.mean(dim=-1), alpha=1.0 - decay)
+                    state["column"].mul_(decay).add_(square.mean(dim=-2), alpha=1.0 - decay)
+                    row = (state["row"] / state["row"].mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+                    update = (row * state["column"].unsqueeze(-2).rsqrt()).mul_(grad)
+                else:
+                    state["square"].mul_(decay).add_(square, alpha=1.0 - decay)
+                    update = state["square"].rsqrt().mul_(grad)
+                root_mean_square = update.norm(2) / (update.numel() ** 0.5)
+                update.div_((root_mean_square / group["clip_threshold"]).clamp_(min=1.0)).mul_(group["lr"])
+                if group["beta1"] is not None:
+                    update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
+                if group["weight_decay"] != 0:
+                    p.add_(p, alpha=-group["weight_decay"] * group["lr"])
+                p.add_(-update)
 
 
 class Lion(torch.optim.Optimizer):

@@ -120,7 +120,7 @@ class Plateau:
         self.rule.step(metric)
 
     def state_dict(self) -> dict:
-        best = self.rule.best if math.isfinite(self.rule.best) else None        # none yet
+        best = None if self.rule.best == self.rule.mode_worse else self.rule.best       # None: no evaluation yet
         return {"lr": self.group["lr"], "best": best, "bad_evaluations": self.rule.num_bad_epochs, "cooling": self.rule.cooldown_counter}
 
     def load_state_dict(self, state: dict) -> None:

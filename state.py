@@ -1,7 +1,6 @@
 """What a run is made of (`Run`), what it remembers over a restart (`TrainState`), and the one error for users' mistakes.
 
-No file below this one: loop, checkpoint, evalloop and callbacks all need these records, so they live here to keep the
-import graph free of cycles.
+Every other file may import this one, and it imports none: that keeps the import graph free of cycles.
 """
 from __future__ import annotations
 
