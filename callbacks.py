@@ -146,7 +146,6 @@ class ProgressCallback(Callback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.eval_bar.close()
-
     on_predict = on_evaluate
 
     def on_train_end(self, args, state, control, **kwargs):

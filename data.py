@@ -34,8 +34,7 @@ class Loader:
     vocab_size: if given, token ids in `input_ids` and same-shaped `labels` are checked against it.
 
     All ranks get equally many micro-batches. A rank without samples in the last round gets one filler sample, marked by
-    num_samples = 0, that the training and evaluation loops give no weight.
-    """
+    num_samples = 0, that the training and evaluation loops give no weight."""
 
     def __init__(self, dataset, collate: Callable[[Any], Batch], batch_size: int, rank: int = 0, world_size: int = 1,
                  seed: int | None = None, drop_last: bool = False, vocab_size: int | None = None):

@@ -50,8 +50,7 @@ def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tenso
     """Loss and metrics over the whole data set, logged, and given to on_evaluate.
 
     {prefix}_loss is the sum of losses over the sum of label items, over all ranks: no batching can change it.
-    compute_metrics(predictions, labels) gets the CPU tensors (n, ...) of all ranks in data order, on every rank.
-    """
+    compute_metrics(predictions, labels) gets the CPU tensors (n, ...) of all ranks in data order, on every rank."""
     start, world = time.perf_counter(), run.world
     loss_sum = torch.zeros((), dtype=torch.float64)
     num_items = num_samples = num_batches = 0
@@ -97,9 +96,8 @@ def predict(run: Run, loader, predict_fn: PredictFn = model_outputs) -> Tensor:
             run.callbacks.fire("on_prediction_step", run)
     if not outputs:
         raise UsageError("the data set to predict is empty: it gave no sample")
-    predictions = join_rows(outputs)
     run.callbacks.fire("on_predict", run, metrics={})
-    return predictions
+    return join_rows(outputs)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:

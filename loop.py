@@ -28,8 +28,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
 
     `loss_fn` returns a SUM over label items. Dividing by their count over the window and all ranks makes 1x8, 2x4 and 8x1
     the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied. Returns
-    None if no rank had a label item; then nothing is updated either.
-    """
+    None if no rank had a label item; then nothing is updated either."""
     state, world, precision = run.state, run.world, run.precision
     num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window),
                                                    sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
@@ -78,8 +77,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     """Trains until state.max_steps, or until a callback or a signal stops it. Returns the last row of metrics.
 
     Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal the
-    update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`.
-    """
+    update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`."""
     args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run)
     evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
@@ -178,8 +176,7 @@ class Meter:
         self.run = run
         self.updates: list[Update] = []         # since the last `collect`
         self.began = self.since = time.perf_counter()       # since: the last log, put off by what evaluating and saving took
-        self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
-        self.since_tokens = run.state.num_input_tokens_seen
+        self.first_step, self.first_sample, self.since_tokens = run.state.global_step, run.state.total_samples, run.state.num_input_tokens_seen
         self.saved_step = run.state.global_step or None     # a resumed run starts at a saved update
 
     def collect(self) -> None:
@@ -247,12 +244,11 @@ def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -
     ranks = [rank for rank, share in enumerate(run.world.gather(update.share).tolist()) if not math.isfinite(share)]
     where = f"the loss of rank {ranks[0]}" if ranks else "the gradient norm"
     in_a_row = f", {state.nonfinite_in_a_row} times in a row" if state.nonfinite_in_a_row > 1 else ""
-    newest = list_checkpoints(args.output_dir)
+    newest = [f"checkpoint-{saved}" for saved in list_checkpoints(args.output_dir)] or ["none yet"]
     run.callbacks.log(run, meter.row())
     skip = "" if args.on_nonfinite == "skip" else ", or --on_nonfinite skip to leave such updates out"
-    raise UsageError(f"update {step}: {where} is not finite{in_a_row}; it was not applied. Last good checkpoint: "
-                     f"{f'checkpoint-{newest[0]}' if newest else 'none yet'}. Try a lower --learning_rate, more --warmup_steps, "
-                     f"--max_grad_norm 1{skip}", 4)
+    raise UsageError(f"update {step}: {where} is not finite{in_a_row}; it was not applied. Last good checkpoint: {newest[0]}. "
+                     f"Try a lower --learning_rate, more --warmup_steps, --max_grad_norm 1{skip}", 4)
 
 
 @contextlib.contextmanager

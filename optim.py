@@ -49,10 +49,8 @@ def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
 def parse_optim_args(text: str | None) -> dict:
     """"a=1,b=0.5,c=True" as keyword arguments; words are kept as text."""
     values: dict = {}
-    for part in (text or "").replace(" ", "").split(","):
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
         key, equals, value = part.partition("=")
-        if not part:
-            continue
         if not equals:
             raise UsageError(f"--optim_args {text}: expected name=value pairs with commas between, got {part!r}")
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value):

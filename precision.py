@@ -84,10 +84,9 @@ class Precision:
         return found
 
     def find_last_nonfinite(self) -> tuple[int, Update] | None:
-        pending, self.pending = self.pending, None
-        if pending is None:
+        if self.pending is None:
             return None
-        step, update, copy, copied = pending
+        (step, update, copy, copied), self.pending = self.pending, None
         copied.synchronize()
         return None if copy else (step, update)
 
