@@ -93,7 +93,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
             evaluation()
-            meter.since = time.perf_counter()
+            meter.since = time.perf_counter()       # the first log tells the speed of training alone
         # an epoch whose end was still to be handled is entered again, even if no window of it is left
         while state.epoch_open or (state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps
                                    and not control.should_training_stop):

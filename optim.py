@@ -147,7 +147,8 @@ class MuonAdamW(torch.optim.Optimizer):
         hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[p])]
         if not hidden:
             raise UsageError("--optim muon found no matrix inside a numbered layer (such as blocks.0.up.weight): use another optimizer")
-        decayed["params"] = [p for p in decayed["params"] if p not in set(hidden)]
+        chosen = set(hidden)
+        decayed["params"] = [p for p in decayed["params"] if p not in chosen]
         self.muon = torch.optim.Muon([{"params": hidden, "whole": True}], lr=lr, weight_decay=weight_decay,
                                      **{"adjust_lr_fn": "match_rms_adamw", **muon})
         self.adamw = torch.optim.AdamW([{**decayed, "whole": False}, {**plain, "whole": False}], lr=lr, betas=betas, eps=eps, fused=True)
