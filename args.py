@@ -8,13 +8,11 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
 import sys
-import typing
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from state import UsageError
 
@@ -24,19 +22,18 @@ def arg(default, help: str, low: float | None = None, high: float | None = None)
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainArgs:
     """Every setting of a run; saved in each checkpoint. `check_args` says what is wrong with one."""
 
     # -- where the run lives
     output_dir: str = arg("trainer_output", "folder of the run: checkpoints and metrics.jsonl")
-    resume_from_checkpoint: str | None = arg(None, "True: newest checkpoint in output_dir, which must exist; auto: newest"
-                                             " if there is one, else start; or the path of a checkpoint")
+    resume_from_checkpoint: str | None = arg(None, "True: newest checkpoint in output_dir, which must exist; auto: newest if there is one,"
+                                             " else start; or the path of a checkpoint")
     seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1)
     data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1)
     full_determinism: bool = arg(False, "only deterministic kernels; an operation without one is an error")
     use_cpu: bool = arg(False, "train on the CPU even where there is an accelerator")
-
     # -- data
     dataset: str | None = arg(None, "text, JSON, CSV or Parquet files (comma-separated, globs allowed) or a data set name;"
                               " default: the source code of Python's standard library")
@@ -45,7 +42,6 @@ class TrainArgs:
     text_column: str = arg("text", "column that holds the text of JSON, CSV, Parquet and named data sets")
     streaming: bool = arg(False, "read --dataset lazily, in its own order; needs --max_steps")
     dataloader_drop_last: bool = arg(False, "leave out the last incomplete round of micro-batches of an epoch")
-
     # -- model (model.py)
     n_layer: int = arg(4, "transformer blocks", 1, 1000)
     n_head: int = arg(4, "attention heads per block", 1, 1000)
@@ -54,14 +50,12 @@ class TrainArgs:
     vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000)
     dropout: float = arg(0.0, "probability of dropping an activation while training", 0, 0.999)
     sample_length: int = arg(300, "bytes the model writes when training ends (0: none)", 0, 1_000_000)
-
     # -- how long and how much at a time
     num_train_epochs: float = arg(3.0, "passes over the data; fractions allowed", 0, 1e9)
     max_steps: int = arg(-1, "updates to train for; above 0 it overrides num_train_epochs", -1, 10**12)
     per_device_train_batch_size: int = arg(8, "samples per rank per forward pass (one micro-batch)", 1, 10**8)
     per_device_eval_batch_size: int = arg(8, "samples per rank per forward pass of evaluation", 1, 10**8)
     gradient_accumulation_steps: int = arg(1, "micro-batches per rank per update (one window)", 1, 10**8)
-
     # -- the update
     learning_rate: float = arg(5e-5, "peak learning rate", 0, 1e6)
     optim: Literal["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "lion", "muon"] = arg("adamw_torch_fused", "optimizer")
@@ -82,7 +76,6 @@ class TrainArgs:
     on_nonfinite: Literal["stop", "skip"] = arg("stop", "what to do about an update with a NaN or infinite loss or gradient;"
                                                 " it is never applied (running statistics of BatchNorm excepted)")
     max_nonfinite: int = arg(10, "with --on_nonfinite skip: leave out at most this many in a row", 1, 10**9)
-
     # -- precision, memory and speed
     fp16: bool = arg(False, "compute in float16 with a scaled loss")
     bf16: bool = arg(False, "compute in bfloat16")
@@ -93,7 +86,6 @@ class TrainArgs:
     torch_compile: bool = arg(False, "compile the model")
     torch_compile_backend: str | None = arg(None, "backend of torch.compile (default: inductor)")
     torch_compile_mode: str | None = arg(None, "mode of torch.compile, as max-autotune")
-
     # -- ranks (distributed.py, zero.py)
     strategy: Literal["ddp", "zero1", "zero2", "fsdp", "hsdp"] = arg("ddp", "split over ranks: nothing, the optimizer's state, gradients"
                                                                      " too, weights too, weights within groups of ranks")
@@ -106,7 +98,6 @@ class TrainArgs:
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
     ddp_find_unused_parameters: bool = arg(True, "ddp, zero1, zero2: allow parameters that the loss does not use; False: an error names them")
     ddp_timeout: int = arg(1800, "seconds that a rank waits for the others before it gives up", 1, 10**9)
-
     # -- log, evaluate, save
     logging_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to log")
     logging_steps: float = arg(500, "updates between logs; below 1: the ratio of all updates", 0, 10**12)
@@ -131,73 +122,63 @@ class TrainArgs:
         return dataclasses.asdict(self)
 
 
-REMOVED = {   # flags people may bring along from the HF Trainer, and what to use here instead
+REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from the HF Trainer, and what to use here instead
     "overwrite_output_dir": "use a new --output_dir, or --resume_from_checkpoint True", "logging_dir": "logs are in --output_dir",
-    "evaluation_strategy": "use --eval_strategy", "no_cuda": "use --use_cpu", "use_mps_device": "it has no successor",
-    "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "warmup_ratio": "use --warmup_steps with a ratio below 1",
-    "per_gpu_train_batch_size": "use --per_device_train_batch_size", "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
-    "save_safetensors": "checkpoints are always safetensors", "jit_mode_eval": "it has no successor", "past_index": "it has no successor",
-    "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "local_rank": "torchrun sets it in the environment",
-    "average_tokens_across_devices": "the loss is always averaged over the items of all ranks",
+    "resume": "use --resume_from_checkpoint", "run_name": "a run is named by its --output_dir", "no_cuda": "use --use_cpu",
+    "evaluation_strategy do_eval": "use --eval_strategy", "do_train": "train.py always trains", "epochs": "use --num_train_epochs",
+    "per_gpu_train_batch_size train_batch_size batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate",
+    "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "it has no successor yet",
+    "train_file data": "use --dataset", "validation_file": "use --eval_dataset", "warmup_ratio": "use --warmup_steps with a ratio below 1",
+    "gradient_checkpointing": "use --activation_checkpointing", "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp",
+    "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "parallelism_config": "parallelism is in distributed.py",
+    "fsdp_min_num_params": "use --fsdp_transformer_layer_cls_to_wrap", "ddp_backend": "NCCL reduces on GPUs, gloo on CPUs",
+    "ddp_static_graph": "it fails with accumulation", "ddp_broadcast_buffers": "DDP's default", "local_rank": "torchrun sets it in the environment",
+    "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "tokenizer_name": "the built-in data is bytes",
+    "model_name_or_path": "the model is built in model.py", "remove_unused_columns": "the collator decides what the model gets",
+    "dataloader_num_workers": "data is read in the training process", "dispatch_batches": "each rank reads its own data",
+    "split_batches": "batch sizes are per rank", "accelerator_config": "batch sizes are per rank; see data.py", "adafactor": "use --optim",
+    "average_tokens_across_devices": "the loss is always averaged over the items of all ranks", "push_to_hub_token": "log in with huggingface_hub",
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
-    "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp",
-    "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "fsdp_min_num_params": "use --fsdp_transformer_layer_cls_to_wrap",
-    "ddp_backend": "NCCL reduces on GPUs, gloo on CPUs", "ddp_static_graph": "it fails with accumulation", "ddp_broadcast_buffers": "DDP's default",
-    "push_to_hub_token": "log in with huggingface_hub", "include_inputs_for_metrics": "compute_metrics is a function of yours",
-    "include_tokens_per_second": "tokens_per_second is in every log", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
-    "mp_parameters": "it has no successor", "use_ipex": "it has no successor", "tpu_num_cores": "there is no TPU support",
-    "split_batches": "batch sizes are per rank", "dispatch_batches": "each rank reads its own data", "torchdynamo": "it has no successor",
-    "ray_scope": "it has no successor", "fp16_opt_level": "it has no successor", "half_precision_backend": "PyTorch's own is used",
-    "fp16_backend": "PyTorch's own is used", "adafactor": "use --optim", "group_by_length": "it has no successor yet",
-    "accelerator_config": "batch sizes are per rank; see data.py", "parallelism_config": "parallelism is in distributed.py",
-    "do_train": "train.py always trains", "gradient_checkpointing": "use --activation_checkpointing", "epochs": "use --num_train_epochs",
-    "batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate", "train_batch_size": "use --per_device_train_batch_size",
-    "eval_batch_size": "use --per_device_eval_batch_size", "dataloader_num_workers": "data is read in the training process", "do_eval": "use --eval_strategy", "train_file": "use --dataset",
-    "validation_file": "use --eval_dataset", "model_name_or_path": "the model is built in model.py", "tokenizer_name": "the built-in data is bytes",
-    "report_to": "metrics.jsonl is the history; a callback's on_log can send it on", "run_name": "a run is named by its --output_dir",
-    "load_best_model_at_end": "metrics.jsonl tells which checkpoint was best", "metric_for_best_model": "metrics.jsonl tells which checkpoint was best",
-    "greater_is_better": "metrics.jsonl tells which checkpoint was best", "remove_unused_columns": "the collator decides what the model gets", "resume": "use --resume_from_checkpoint", "data": "use --dataset",
-}
+    "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "include_tokens_per_second": "tokens_per_second is in every log",
+    "report_to": "metrics.jsonl is the history; a callback's on_log can send it on", "save_safetensors": "checkpoints are always safetensors",
+    "load_best_model_at_end metric_for_best_model greater_is_better": "metrics.jsonl tells which checkpoint was best",
+    "include_inputs_for_metrics": "compute_metrics is a function of yours", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
+    "half_precision_backend fp16_backend": "PyTorch's own is used", "tpu_num_cores": "there is no TPU support",
+    "use_mps_device jit_mode_eval past_index mp_parameters use_ipex torchdynamo ray_scope fp16_opt_level": "it has no successor",
+}.items() for flag in flags.split()}
 
 
 def parse_args(argv: list[str] | None = None) -> TrainArgs:
     """The command line as `TrainArgs`. Raises one `UsageError` with every problem of the line, ranges included."""
-    fields = {f.name: f for f in dataclasses.fields(TrainArgs)}
-    hints = typing.get_type_hints(TrainArgs)
     parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]", description="Train a model.")
-    for f in fields.values():
-        choices = literal_choices(hints[f.name])
-        parser.add_argument(f"--{f.name}", nargs="?", const=MISSING, default=argparse.SUPPRESS,
-                            metavar="|".join(choices) if choices else type_name(hints[f.name]),
+    for f in dataclasses.fields(TrainArgs):
+        parser.add_argument(f"--{f.name}", nargs="?", const=MISSING, default=argparse.SUPPRESS, metavar=type_name(HINTS[f.name]),
                             help=f.metadata["help"] + ("" if f.default is None else f" [{f.default}]"))
-    # argparse takes a negative number for a flag; glued to its flag it cannot
-    words = list(sys.argv[1:] if argv is None else argv)
-    glued: list[str] = []
-    for word in words:
+    glued: list[str] = []       # argparse takes a negative number for a flag; glued to its flag it cannot
+    for word in sys.argv[1:] if argv is None else argv:
         if glued and glued[-1].startswith("--") and "=" not in glued[-1] and not word.startswith("--"):
             glued[-1] += "=" + word
         else:
             glued.append(word)
     known, unknown = parser.parse_known_args(glued)
-    problems = [unknown_flag(word, list(fields)) for word in unknown]
-    values, bad = {}, set()
+    problems, values, bad = [unknown_flag(word) for word in unknown], {}, set()
     for name, text in vars(known).items():
         try:
-            values[name] = convert(text, hints[name])
+            values[name] = convert(text, name)
         except ValueError as error:
             bad.add(name)
             problems.append(f"--{name}{'' if text is MISSING else ' ' + text}: {error}")
     args = TrainArgs(**values)
-    problems += list_problems(args, bad)
-    if problems:
-        raise UsageError("\n".join(problems))
+    check_args(args, problems, bad)
     return args
 
 
+HINTS = get_type_hints(TrainArgs)
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
 MISSING = "<no value>"   # what a flag without a value gets from argparse
 
 
-def unknown_flag(word: str, names: list[str]) -> str:
+def unknown_flag(word: str) -> str:
     if not word.startswith("-"):
         return f"{word!r}: a stray word; flags are written --name value (quote globs and text with spaces)"
     name = word.lstrip("-").partition("=")[0]
@@ -205,73 +186,60 @@ def unknown_flag(word: str, names: list[str]) -> str:
         return f"{word!r}: a flag without a name"
     if name in REMOVED:
         return f"--{name} is not a flag here: {REMOVED[name]}"
-    near = [n for n in names if n.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    near = [n for n in HINTS if n.startswith(name)] or difflib.get_close_matches(name, HINTS, n=1)
     return f"--{name} is not a flag" + (f": did you mean --{near[0]}?" if near else "; --help lists them all")
 
 
-def literal_choices(hint) -> tuple[str, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
 def type_name(hint) -> str:
-    options = [t for t in typing.get_args(hint) or (hint,) if t is not type(None)]
-    return {int: "INT", float: "NUMBER", bool: "True|False", str: "TEXT", dict: "JSON"}[options[0]]
+    options = [t for t in get_args(hint) or (hint,) if t is not type(None)]
+    return {int: "INT", float: "NUMBER", bool: "True|False", str: "TEXT", dict: "JSON"}.get(options[0]) or "|".join(options)
 
 
-def convert(text: str, hint):
+def convert(text: str, name: str):
     """`text` as the type of the field; ValueError says what was expected."""
-    if choices := literal_choices(hint):
-        if text not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}")
+    kind = type_name(HINTS[name])
+    if name in CHOICES:
+        if text not in CHOICES[name]:
+            raise ValueError(f"expected one of {', '.join(CHOICES[name])}")
         return text
-    kind = type_name(hint)
     if kind == "True|False":
         if text.lower() not in ("true", "false", MISSING):
             raise ValueError("expected True or False, or nothing for True")
         return text.lower() != "false"
     if text is MISSING:
         raise ValueError("expected a value")
-    if text.lower() == "none" and type(None) in typing.get_args(hint):
+    if text.lower() == "none" and type(None) in get_args(HINTS[name]):
         return None
     if kind == "TEXT":
         return text
-    if kind == "JSON":
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"expected a JSON object in quotes, as '{{\"num_cycles\": 2}}' ({error})") from None
-        if not isinstance(value, dict):
-            raise ValueError("expected a JSON object, as '{\"num_cycles\": 2}'")
-        return value
     try:
+        if kind == "JSON":
+            value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError("it is something else")
+            return value
         return int(text) if kind == "INT" or re.fullmatch(r"[-+]?\d+", text) else float(text)
-    except ValueError:
-        raise ValueError("expected a whole number" if kind == "INT" else "expected a number") from None
+    except ValueError as error:
+        expected = {"INT": "a whole number", "NUMBER": "a number", "JSON": f"a JSON object in quotes, as '{{\"num_cycles\": 2}}' ({error})"}
+        raise ValueError(f"expected {expected[kind]}") from None
 
 
-def check_args(args: TrainArgs) -> None:
-    """Raises one `UsageError` with every problem of the settings; `parse_args` calls the same checks."""
-    if problems := list_problems(args, set()):
-        raise UsageError("\n".join(problems))
-
-
-def list_problems(args: TrainArgs, bad: set[str]) -> list[str]:
-    """What is wrong with the values, and with how they fit together; fields in `bad` are known to be wrong already."""
-    problems, bad = [], set(bad)
-    hints = typing.get_type_hints(TrainArgs)
+def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str] = ()) -> None:
+    """Raises one `UsageError` with every problem of the settings: of values, and of how they fit together. problems: what
+    `parse_args` has found already, of the fields `bad`."""
+    problems, bad = list(problems), set(bad)
     for f in dataclasses.fields(args):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
-        choices = literal_choices(hints[f.name])
-        said = None
-        if choices and value not in choices:
-            said = f"must be one of {', '.join(choices)}"
-        elif low is not None and value is not None:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-                said = f"must be a number from {low} to {high}"
-            elif type_name(hints[f.name]) == "INT" and value != int(value):
-                said = "must be a whole number"
-        if said:
-            problems.append(f"{f.name}={value!r} {said}")
+        if f.name in CHOICES:
+            fits, wanted = value in CHOICES[f.name], f"one of {', '.join(CHOICES[f.name])}"
+        elif low is None or value is None:
+            continue
+        else:
+            whole = type_name(HINTS[f.name]) == "INT"
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and (not whole or value == int(value))
+            wanted = f"a {'whole ' * whole}number from {low} to {high}"
+        if not fits:
+            problems.append(f"{f.name}={value!r} must be {wanted}")
             bad.add(f.name)
     a = dataclasses.replace(args, **{f.name: f.default for f in dataclasses.fields(args) if f.name in bad})   # comparable below
 
@@ -285,12 +253,10 @@ def list_problems(args: TrainArgs, bad: set[str]) -> list[str]:
     need("max_steps", a.max_steps != 0, "max_steps=0 trains nothing: give at least 1, or -1 to count by num_train_epochs")
     need("max_steps num_train_epochs", a.max_steps >= 0 or a.num_train_epochs > 0,
          f"num_train_epochs={a.num_train_epochs} trains nothing: give more than 0, or --max_steps")
-    need("logging_strategy logging_steps", a.logging_strategy != "steps" or a.logging_steps > 0,
-         "logging_steps=0 with --logging_strategy steps: give at least 1, or --logging_strategy no")
-    need("eval_strategy eval_steps logging_steps", a.eval_strategy != "steps" or (a.logging_steps if a.eval_steps is None else a.eval_steps) > 0,
-         "eval_steps=0 (by default it is logging_steps) with --eval_strategy steps: give at least 1, or --eval_strategy no")
-    need("save_strategy save_steps", a.save_strategy != "steps" or a.save_steps > 0,
-         "save_steps=0 with --save_strategy steps: give at least 1, or --save_strategy no")
+    eval_steps = a.logging_steps if a.eval_steps is None else a.eval_steps
+    for what, steps, default in (("logging", a.logging_steps, ""), ("eval", eval_steps, "logging_steps"), ("save", a.save_steps, "")):
+        need(f"{what}_strategy {what}_steps {default}", getattr(a, f"{what}_strategy") != "steps" or steps > 0, f"{what}_steps=0"
+             f"{f' (by default it is {default})' * bool(default)} with --{what}_strategy steps: give at least 1, or --{what}_strategy no")
     need("n_embd n_head", a.n_embd % (2 * a.n_head) == 0,
          f"n_embd={a.n_embd} must be a multiple of 2 * n_head = {2 * a.n_head}: rotary positions turn pairs in each head")
     need("streaming dataset", not a.streaming or a.dataset is not None, "--streaming needs --dataset: the default data is read whole")
@@ -299,15 +265,15 @@ def list_problems(args: TrainArgs, bad: set[str]) -> list[str]:
         need(f"{name} dataset", getattr(a, name) is None or a.dataset is not None, f"--{name} needs --dataset: the default data brings its own")
     for name in ("output_dir", "text_column"):
         need(name, getattr(a, name).strip() != "", f"{name} is empty: give a name")
-    need("fp16 bf16", not (a.fp16 and a.bf16), "--fp16 and --bf16 exclude each other: use one")
-    need("fp16_full_eval bf16_full_eval", not (a.fp16_full_eval and a.bf16_full_eval),
-         "--fp16_full_eval and --bf16_full_eval exclude each other: use one")
+    for one, other in (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval")):
+        need(f"{one} {other}", not (getattr(a, one) and getattr(a, other)), f"--{one} and --{other} exclude each other: use one")
     need("lr_scheduler_type eval_strategy", a.lr_scheduler_type != "reduce_lr_on_plateau" or a.eval_strategy != "no",
          "--lr_scheduler_type reduce_lr_on_plateau needs evaluations to look at: give --eval_strategy steps or epoch")
     full_eval, split = a.fp16_full_eval or a.bf16_full_eval, a.strategy in ("fsdp", "hsdp")
     need("fp16_full_eval bf16_full_eval strategy", not (full_eval and split),
          f"--fp16_full_eval and --bf16_full_eval cast whole weights, which --strategy {a.strategy} splits: use --bf16, or --strategy zero2")
-    need("cpu_offload strategy", not a.cpu_offload or a.strategy != "ddp", "--cpu_offload moves a rank's part of the optimizer: give a --strategy that has one")
+    need("cpu_offload strategy", not a.cpu_offload or a.strategy != "ddp",
+         "--cpu_offload moves a rank's part of the optimizer: give a --strategy that has one")
     need("accumulate_unsharded strategy", not a.accumulate_unsharded or a.strategy in ("zero2", "fsdp", "hsdp"),
          f"--accumulate_unsharded is what --strategy {a.strategy} always does")
     for name, value in (("hsdp_shard_size", a.hsdp_shard_size is None or a.strategy == "hsdp"),
@@ -316,4 +282,5 @@ def list_problems(args: TrainArgs, bad: set[str]) -> list[str]:
         need(f"{name} strategy", value, f"--{name} does nothing with --strategy {a.strategy}: leave it away")
     for name in ("torch_compile_backend", "torch_compile_mode"):
         need(f"{name} torch_compile", a.torch_compile or getattr(a, name) is None, f"--{name} needs --torch_compile")
-    return problems
+    if problems:
+        raise UsageError("\n".join(problems))

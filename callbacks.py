@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from distributed import World
 from state import Run
 
 
@@ -37,26 +36,12 @@ AGREED_AFTER = ("on_train_begin", "on_epoch_begin", "on_step_end", "on_epoch_end
 
 class Callback:
     """Override the events you want. Every event gets (args, state, control, **kwargs), with kwargs model, optimizer,
-    lr_scheduler (the schedule function), train_dataloader, eval_dataloader, and logs or metrics where there are some.
-
-    `state` gives what a checkpoint should keep of this callback, JSON values under "attributes"; they are set on resume.
-    """
+    lr_scheduler (the schedule function), train_dataloader, eval_dataloader, and logs or metrics where there are some. `state`
+    gives what a checkpoint should keep of this callback, JSON values under "attributes"; they are set on resume."""
 
     def on_init_end(self, args, state, control, **kwargs): pass
-    def on_train_begin(self, args, state, control, **kwargs): pass
-    def on_epoch_begin(self, args, state, control, **kwargs): pass
-    def on_step_begin(self, args, state, control, **kwargs): pass
-    def on_substep_end(self, args, state, control, **kwargs): pass
-    def on_pre_optimizer_step(self, args, state, control, **kwargs): pass
-    def on_optimizer_step(self, args, state, control, **kwargs): pass
-    def on_step_end(self, args, state, control, **kwargs): pass
-    def on_log(self, args, state, control, **kwargs): pass
-    def on_prediction_step(self, args, state, control, **kwargs): pass
-    def on_evaluate(self, args, state, control, **kwargs): pass
-    def on_predict(self, args, state, control, **kwargs): pass
-    def on_save(self, args, state, control, **kwargs): pass
-    def on_epoch_end(self, args, state, control, **kwargs): pass
-    def on_train_end(self, args, state, control, **kwargs): pass
+    on_train_begin = on_epoch_begin = on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_step_end = on_init_end
+    on_log = on_prediction_step = on_evaluate = on_predict = on_save = on_epoch_end = on_train_end = on_init_end
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {}}
@@ -79,21 +64,15 @@ class Callbacks:
             if method is not None:
                 changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
                                  lr_scheduler=run.schedule, processing_class=None, **self.dataloaders, **kwargs)
-                self.control = changed if isinstance(changed, Control) else self.control
+                vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
         if event in AGREED_AFTER:
-            self.agree(run.world)
-
-    def agree(self, world: World) -> None:
-        *flags, signal = world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.caught_signal)
-        for flag, value in zip(FLAGS, flags):
-            setattr(self.control, flag, bool(value))
-        self.control.stop_signal = signal
+            *flags, self.control.stop_signal = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.caught_signal)
+            for flag, value in zip(FLAGS, flags):
+                setattr(self.control, flag, bool(value))
 
     def log(self, run: Run, logs: dict) -> None:
-        """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank.
-
-        The row is one write, so a reader sees it whole; NaN and Infinity are written as Python's json does.
-        """
+        """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank. The row is one
+        write, so a reader sees it whole; NaN and Infinity are written as Python's json does."""
         logs["epoch"] = run.state.epoch
         with run.world.writing(run.state.log_path):
             if run.world.is_main:
@@ -141,50 +120,38 @@ class ProgressCallback(Callback):
 
     def __init__(self, disable_tqdm: bool | None = None):
         self.disable = not sys.stderr.isatty() if disable_tqdm is None else disable_tqdm
-        self.bar: tqdm | None = None
-        self.eval_bar: tqdm | None = None
+        self.bar = self.eval_bar = tqdm(disable=True)       # as a bar is after close(): calling it does nothing
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not self.disable:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True, disable=self.disable)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {show(logs['loss'])} lr {show(logs['learning_rate'])} "
-                                     f"{show(logs['tokens_per_second'])} tokens/s")
         line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {show(v)}" for k, v in logs.items())
-        if self.bar is None:
+        if self.bar.disable:
             print(line, flush=True)
-        elif "loss" not in logs:
+        elif "loss" in logs:
+            self.bar.set_postfix_str(f"loss {show(logs['loss'])} lr {show(logs['learning_rate'])} {show(logs['tokens_per_second'])} tokens/s")
+        else:
             self.bar.write(line)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if not self.disable and eval_dataloader is not None:
-            if self.eval_bar is None:
-                length = len(eval_dataloader) if eval_dataloader.num_samples is not None else None
-                self.eval_bar = tqdm(total=length, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True)
-            self.eval_bar.update(1)
+        if self.eval_bar.disable and not self.disable and eval_dataloader is not None:
+            length = len(eval_dataloader) if eval_dataloader.num_samples is not None else None
+            self.eval_bar = tqdm(total=length, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True)
+        self.eval_bar.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if self.eval_bar is not None:
-            self.eval_bar.close()
-            self.eval_bar = None
-
+        self.eval_bar.close()
     on_predict = on_evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
 
 def show(value) -> str:
-    if value is None:
-        return "none"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "none" if value is None else str(value)

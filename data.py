@@ -30,13 +30,11 @@ class Loader:
     """The micro-batches of one rank, in an order that depends only on (seed, epoch).
 
     dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order.
-    collate: list of samples -> batch of tensors with `num_items`.
-    seed: of the epoch orders; None reads in sequence.
+    collate: list of samples -> batch of tensors with `num_items`. seed: of the epoch orders; None reads in sequence.
     vocab_size: if given, token ids in `input_ids` and same-shaped `labels` are checked against it.
 
     All ranks get equally many micro-batches. A rank without samples in the last round gets one filler sample, marked by
-    num_samples = 0, that the training and evaluation loops give no weight.
-    """
+    num_samples = 0, that the training and evaluation loops give no weight."""
 
     def __init__(self, dataset, collate: Callable[[Any], Batch], batch_size: int, rank: int = 0, world_size: int = 1,
                  seed: int | None = None, drop_last: bool = False, vocab_size: int | None = None):
@@ -65,8 +63,12 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of one pass, from the sample at position `start` of its order on."""
-        samples = self.order(epoch)[start:] if self.num_samples is not None else islice(iter(self.dataset), start, None)
-        for at, round_ in enumerate(self.cut(samples)):
+        if self.num_samples is None:
+            samples = islice(iter(self.dataset), start, None)
+            rounds = iter(lambda: list(islice(samples, self.round_size)), [])       # until there is nothing left
+        else:
+            rounds = (part for part in self.order(epoch)[start:].split(self.round_size) if len(part))
+        for at, round_ in enumerate(rounds):
             if self.drop_last and len(round_) < self.round_size:
                 return
             mine = round_[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
@@ -78,14 +80,8 @@ class Loader:
             return torch.arange(self.num_samples)
         return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
 
-    def cut(self, samples: Tensor | Iterator) -> Iterator:
-        if isinstance(samples, Tensor):
-            yield from samples.split(self.round_size) if len(samples) else ()
-        else:
-            while round_ := list(islice(samples, self.round_size)):
-                yield round_
-
     def batch(self, mine: Tensor | list, num_samples: int, position: int) -> Batch:
+        """The micro-batch of samples `mine`: of a stream the samples themselves, from `position` on, else their indices."""
         if isinstance(mine, list):
             samples, names = mine, range(position, position + len(mine))
         else:
@@ -106,28 +102,21 @@ class Loader:
 
 def check_ids(batch: Batch, names, vocab_size: int) -> None:
     """Token ids (B, T) in [0, vocab_size), labels of the same shape too or -100; else an error that names the sample."""
-    ids = batch.get("input_ids")
-    for key in ("input_ids", "labels"):
+    for key, fine, also in (("input_ids", 0, ""), ("labels", IGNORE, " (-100 marks what is ignored)")):
         values = batch.get(key)
-        if values is None or ids is None or values.shape != ids.shape:
+        if values is None or "input_ids" not in batch or values.shape != batch["input_ids"].shape:
             continue
-        bad = (values < 0) | (values >= vocab_size)
-        if key == "labels":
-            bad &= values != IGNORE
+        bad = ((values < 0) | (values >= vocab_size)) & (values != fine)
         if bad.any():
-            row, column = (int(i) for i in bad.nonzero()[0])
-            raise UsageError(f"sample {names[row]}: {key}[{column}] is {int(values[row, column])}, outside the vocabulary "
-                             f"0..{vocab_size - 1}" + (" (-100 marks what is ignored)" if key == "labels" else ""))
+            row, column = bad.nonzero()[0].tolist()
+            raise UsageError(f"sample {names[row]}: {key}[{column}] is {values[row, column]}, outside the vocabulary 0..{vocab_size - 1}{also}")
 
 
 # ---------------------------------------------------------------------------------------------------- blocks of tokens
-
 class Blocks:
-    """Tokens cut into training samples of block_size tokens; each token but the first is a label exactly once.
-
-    tokens: (N,) integers. starts: (n,) first positions of the blocks that belong to this set.
-    A sample is input_ids (T,) = tokens[s:s+T] and labels (T,) = the next token of each; past the end, labels are -100.
-    """
+    """Tokens cut into training samples of block_size tokens; each token but the first is a label exactly once. tokens: (N,)
+    integers. starts: (n,) first positions of the blocks that belong to this set. A sample is input_ids (T,) = tokens[s:s+T]
+    and labels (T,) = the next token of each; past the end, labels are -100."""
 
     def __init__(self, tokens: Tensor, starts: Tensor, block_size: int):
         self.num_tokens, self.starts = len(tokens), starts
@@ -165,19 +154,9 @@ def held_out(block: bytes) -> bool:
     return hashlib.sha256(block).digest()[0] < 13
 
 
-def split_blocks(tokens: Tensor, starts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """`starts` of the training blocks and of the held-out ones."""
-    data = tokens.numpy()
-    out = torch.tensor([held_out(data[s:s + block_size].tobytes()) for s in starts.tolist()])
-    return starts[~out], starts[out]
-
-
 class BlockStream:
-    """The same blocks read lazily, one document after the other, in memory of one document and one block.
-
-    documents: called for each pass, gives an iterator of bytes. part: "train" skips held-out blocks, "eval" keeps only
-    them, None keeps all.
-    """
+    """The same blocks read lazily, one document after the other, in memory of one document and one block. documents: called for
+    each pass, gives an iterator of bytes. part: "train" skips held-out blocks, "eval" keeps only them, None keeps all."""
 
     def __init__(self, documents: Callable[[], Iterable[bytes]], block_size: int, vocab_size: int, part: str | None, what: str):
         self.documents, self.block_size, self.vocab_size = documents, block_size, vocab_size
@@ -187,11 +166,10 @@ class BlockStream:
         T, buffer, seen = self.block_size, b"", 0
         for number, document in enumerate(self.documents()):
             if document and max(document) >= self.vocab_size:
-                raise UsageError(f"{self.what}: document {number} has token {max(document)}; "
-                                 f"raise --vocab_size {self.vocab_size} above it")
+                raise UsageError(f"{self.what}: document {number} has token {max(document)}; raise --vocab_size {self.vocab_size} above it")
             buffer += document
             seen += len(document)
-            whole = (len(buffer) - 1) // T * T if buffer else 0
+            whole = max(len(buffer) - 1, 0) // T * T
             for at in range(0, whole, T):
                 yield from self.sample(buffer[at:at + T + 1])
             buffer = buffer[whole:]
@@ -201,18 +179,11 @@ class BlockStream:
             yield from self.sample(buffer)
 
     def sample(self, block: bytes) -> Iterator[Batch]:
-        T = self.block_size
-        if self.part is not None and held_out(block[:T]) != (self.part == "eval"):
-            return
-        tokens = torch.zeros(T + 1, dtype=torch.int64)
-        tokens[:len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
-        labels = tokens[1:].clone()
-        labels[len(block) - 1:] = IGNORE
-        yield {"input_ids": tokens[:-1], "labels": labels}
+        if self.part is None or held_out(block[:self.block_size]) == (self.part == "eval"):
+            yield Blocks(to_tokens(block), torch.tensor([0]), self.block_size)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- where tokens come from
-
 @dataclass
 class Data:
     """Training and held-out samples, one line that says what they are, and a digest of the training tokens ("" for a stream)."""
@@ -226,40 +197,36 @@ class Data:
 def build_data(args: TrainArgs) -> Data:
     """The data of --dataset and --eval_dataset as blocks of bytes; by default Python's own source code."""
     cut = args.block_size, args.vocab_size
-    if args.dataset is None:
-        train, evals, about = stdlib_tokens()
-        data = Data(Blocks(train, block_starts(train, *cut, "training data"), args.block_size),
-                    Blocks(evals, block_starts(evals, *cut, "held-out data"), args.block_size), about, digest(train))
-    elif args.streaming:
-        def stream(name: str, part: str | None) -> BlockStream:
-            rows = read_rows(name, args)
-            return BlockStream(lambda: documents(rows, args.text_column), *cut, part, name)
-        split = args.eval_dataset is None
-        data = Data(stream(args.dataset, "train" if split else None),
-                    stream(args.dataset, "eval") if split else stream(args.eval_dataset, None),
-                    f"{args.dataset}, streamed in its own order", "")
+    by_hash = args.eval_dataset is None     # then blocks of --dataset are held out
+
+    def texts(name: str) -> Callable[[], Iterator[bytes]]:
+        rows = read_rows(name, args)
+        return lambda: documents(rows, args.text_column)
+    if args.streaming:
+        name, part = (args.dataset, "eval") if by_hash else (args.eval_dataset, None)
+        data = Data(BlockStream(texts(args.dataset), *cut, "train" if by_hash else None, args.dataset),
+                    BlockStream(texts(name), *cut, part, name), f"{args.dataset}, streamed in its own order", "")
     else:
-        tokens = read_tokens(args.dataset, args)
-        starts = block_starts(tokens, *cut, args.dataset)
-        if args.eval_dataset is None:
-            starts, out = split_blocks(tokens, starts, args.block_size)
-            evals = tokens
+        if args.dataset is None:
+            tokens, evals, about = stdlib_tokens()
+        else:
+            tokens = to_tokens(b"".join(texts(args.dataset)()))
+            evals, about = tokens if by_hash else to_tokens(b"".join(texts(args.eval_dataset)())), f"{args.dataset}, {len(tokens):,} bytes"
+        starts = block_starts(tokens, *cut, args.dataset or "training data")
+        if evals is tokens:
+            array = tokens.numpy()
+            out = torch.tensor([held_out(array[s:s + args.block_size].tobytes()) for s in starts.tolist()])
+            starts, out_starts = starts[~out], starts[out]
             if not len(starts):
                 raise UsageError(f"{args.dataset}: every block fell to the held-out 5%; give more data, or --eval_dataset")
         else:
-            evals = read_tokens(args.eval_dataset, args)
-            out = block_starts(evals, *cut, args.eval_dataset)
-        data = Data(Blocks(tokens, starts, args.block_size), Blocks(evals, out, args.block_size) if len(out) else None,
-                    f"{args.dataset}, {len(tokens):,} bytes", digest(tokens))
-    if data.digest:
-        data.about += f", sha256 {data.digest}"
+            out_starts = block_starts(evals, *cut, args.eval_dataset or "held-out data")
+        digest = hashlib.sha256(tokens.numpy()).hexdigest()[:16]
+        data = Data(Blocks(tokens, starts, args.block_size), Blocks(evals, out_starts, args.block_size) if len(out_starts) else None,
+                    f"{about}, sha256 {digest}", digest)
     if data.eval is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise UsageError(f"{args.dataset}: no block fell to the held-out 5%: give --eval_dataset, or more data, or --eval_strategy no")
     return data
-
-
-def digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy()).hexdigest()[:16]
 
 
 def to_tokens(text: bytes) -> Tensor:
@@ -267,24 +234,19 @@ def to_tokens(text: bytes) -> Tensor:
 
 
 def stdlib_tokens() -> tuple[Tensor, Tensor, str]:
-    """Training and held-out bytes of Python's standard library, split by file name, test folders left out.
-
-    Files are joined by a zero byte, which no source file contains: a model learns to start and end a file.
-    Where Python comes without its source, torch's and numpy's are read instead.
-    """
+    """Training and held-out bytes of Python's standard library, split by file name, test folders left out. Files are joined by
+    a zero byte, which no source file contains: a model learns to start and end a file."""
     root = sysconfig.get_path("stdlib")
-    files = source_files(root)
-    about = f"source of Python {platform.python_version()}'s standard library"
-    if sum(os.path.getsize(f) for f in files) < 1_000_000:
+    files, about = source_files(root), f"source of Python {platform.python_version()}'s standard library"
+    if sum(os.path.getsize(f) for f in files) < 1_000_000:      # a Python that comes without its source
         roots = [os.path.dirname(module.__file__) for module in (torch, np)]
-        root = os.path.commonpath(roots)
-        files = [f for r in roots for f in source_files(r)]
+        root, files = os.path.commonpath(roots), [f for r in roots for f in source_files(r)]
         about = f"source of torch {torch.__version__} and numpy {np.__version__}"
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     for name in files:
         with open(name, "rb") as file:
             parts[held_out(os.path.relpath(name, root).replace(os.sep, "/").encode())].append(file.read())
-    train, evals = (to_tokens(b"\0" + b"\0".join(part) + b"\0") for part in (parts[False], parts[True]))
+    train, evals = (to_tokens(b"\0" + b"\0".join(part) + b"\0") for part in parts.values())
     return train, evals, f"{about}: {len(files)} files, {len(train) + len(evals):,} bytes, split by file"
 
 
@@ -305,22 +267,19 @@ def read_rows(name: str, args: TrainArgs):
     files = None if args.dataset_config_name is not None and os.path.isdir(name) else find_files(name)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import datasets  # 0.6 s and 250 MB, so only where it is asked for
-    kwargs: dict[str, Any] = {"split": "train", "streaming": args.streaming}
     if files is None:
-        path = name
-        kwargs["name"] = args.dataset_config_name
+        path, options = name, {"name": args.dataset_config_name}
     else:
         kinds = {FORMATS.get(os.path.splitext(f)[1].lower(), "text") for f in files}
         if len(kinds) > 1:
             raise UsageError(f"{name}: files of different kinds ({', '.join(sorted(kinds))}); give files of one kind")
-        path = kinds.pop()
-        kwargs["data_files"] = files
+        path, options = kinds.pop(), {"data_files": files}
         if path == "text":
-            kwargs["keep_linebreaks"] = True
+            options["keep_linebreaks"] = True
         elif files[0].lower().endswith(".tsv"):
-            kwargs["delimiter"] = "\t"
+            options["delimiter"] = "\t"
     try:
-        rows = datasets.load_dataset(path, **kwargs)
+        rows = datasets.load_dataset(path, split="train", streaming=args.streaming, **options)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise UsageError(f"{name}: no such file, and no data set of that name could be reached ({error})") from None
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
@@ -335,9 +294,8 @@ def find_files(name: str) -> list[str] | None:
     """The files that a comma-separated list of paths, folders and globs names; None if it is the name of a data set."""
     files = []
     for part in name.split(","):
-        part = os.path.expanduser(part)
-        if os.path.isdir(part):
-            part = os.path.join(glob.escape(part), "**")
+        path = os.path.expanduser(part)
+        part = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
         found = [f for f in sorted(glob.glob(part, recursive=True)) if os.path.isfile(f)] if glob.has_magic(part) else [part]
         files += found
         if not found:
@@ -364,7 +322,3 @@ def documents(rows, column: str) -> Iterator[bytes]:
             yield text.encode() if lines else text.encode() + b"\0"
     except ValueError as error:     # of a stream, whose files are parsed as they are read
         raise error if isinstance(error, UsageError) else UsageError(f"the data cannot be read after row {number}: {error}") from None
-
-
-def read_tokens(name: str, args: TrainArgs) -> Tensor:
-    return to_tokens(b"".join(documents(read_rows(name, args), args.text_column)))

@@ -49,24 +49,21 @@ def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tenso
     """Loss and metrics over the whole data set, logged, and given to on_evaluate.
 
     {prefix}_loss is the sum of losses over the sum of label items, over all ranks: no batching can change it.
-    compute_metrics(predictions, labels) gets the CPU tensors (n, ...) of all ranks in data order, on every rank.
-    """
+    compute_metrics(predictions, labels) gets the CPU tensors (n, ...) of all ranks in data order, on every rank."""
     start, world = time.perf_counter(), run.world
     loss_sum = torch.zeros((), dtype=torch.float64)
     num_items = num_samples = num_batches = 0
-    outputs: list[tuple[Tensor, Tensor]] = []
+    outputs: list[list[Tensor]] = []        # predictions and labels of each batch
     with evaluating(run) as model:
         for batch in loader.epoch():
             inputs = to_device(batch, world.device)
             with run.precision.autocast():
                 loss = loss_fn(model, inputs)
+                predictions = None if compute_metrics is None else predict_fn(model, inputs)
             if batch["num_samples"]:        # filler has no weight
                 loss_sum = loss_sum + loss.double()     # on the device: no sync per batch
             if compute_metrics is not None:
-                with run.precision.autocast():
-                    predictions = predict_fn(model, inputs)
-                outputs.append((gather_rows(world, predictions, batch["num_samples"]),
-                                gather_rows(world, inputs["labels"], batch["num_samples"])))
+                outputs.append([gather_rows(world, rows, batch["num_samples"]) for rows in (predictions, inputs["labels"])])
             num_items += batch["num_items"]
             num_samples += batch["num_samples"]
             num_batches += 1
@@ -77,9 +74,8 @@ def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tenso
         total = float(world.gather(loss_sum).sum())
         metrics = {f"{prefix}_loss": total / num_items if num_items else float("nan")}
         if compute_metrics is not None:
-            predictions, labels = (join_rows(part) for part in zip(*outputs))
-            for key, value in compute_metrics(predictions, labels).items():
-                metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = plain_number(value)
+            for key, value in compute_metrics(*map(join_rows, zip(*outputs))).items():
+                metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = value.item() if hasattr(value, "item") else value
     seconds = time.perf_counter() - start
     metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds,
                 f"{prefix}_steps_per_second": num_batches / seconds}
@@ -99,9 +95,8 @@ def predict(run: Run, loader, predict_fn: PredictFn = model_outputs) -> Tensor:
             run.callbacks.fire("on_prediction_step", run)
     if not outputs:
         raise UsageError("the data set to predict is empty: it gave no sample")
-    predictions = join_rows(outputs)
     run.callbacks.fire("on_predict", run, metrics={})
-    return predictions
+    return join_rows(outputs)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -114,10 +109,8 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def gather_rows(world: World, rows: Tensor, num_samples: int) -> Tensor:
-    """Rows (B, ...) of all ranks in rank order, that is in data order, without filler: (sum of num_samples, ...).
-
-    Ranks may differ in every size; shorter rows are filled with -100 as in the HF Trainer.
-    """
+    """Rows (B, ...) of all ranks in rank order, that is in data order, without filler: (sum of num_samples, ...). Ranks may
+    differ in every size; shorter rows are filled with -100 as in the HF Trainer."""
     rows = rows.detach().cpu()
     if world.world_size == 1:
         return rows
@@ -128,7 +121,7 @@ def gather_rows(world: World, rows: Tensor, num_samples: int) -> Tensor:
 
 def join_rows(parts) -> Tensor:
     """Rows of several batches as one tensor, shorter ones filled with -100."""
-    sizes = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist() if parts[0].ndim > 1 else []
+    sizes = [max(lengths) for lengths in zip(*(part.shape[1:] for part in parts))]
     return torch.cat([pad_to(part, [len(part), *sizes]) for part in parts])
 
 
@@ -138,7 +131,3 @@ def pad_to(tensor: Tensor, shape: list[int]) -> Tensor:
     padded = tensor.new_full(shape, -100)
     padded[tuple(slice(n) for n in tensor.shape)] = tensor
     return padded
-
-
-def plain_number(value):
-    return value.item() if hasattr(value, "item") else value

@@ -27,13 +27,10 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     """One optimizer update from one window of micro-batches.
 
     `loss_fn` returns a SUM over label items. Dividing by their count over the window and all ranks makes 1x8, 2x4 and 8x1
-    the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied.
-
-    Returns None if no rank had a label item; then nothing is updated either.
-    """
+    the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied. Returns
+    None if no rank had a label item; then nothing is updated either."""
     state, world, precision = run.state, run.world, run.precision
-    num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window),
-                                                   sum(mb["num_samples"] for mb in window),
+    num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window),
                                                    sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
     update = None
     if num_items > 0:
@@ -45,7 +42,8 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
                 with precision.autocast():
                     loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))      # ()
                 if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
-                    raise UsageError(f"the loss function returned {describe(loss_sum)}; expected one number, summed over the label items")
+                    found = f"tensor of shape {tuple(loss_sum.shape)}" if isinstance(loss_sum, Tensor) else type(loss_sum).__name__
+                    raise UsageError(f"the loss function returned a {found}; expected one number, summed over the label items")
                 precision.backward(loss_sum * (weight / num_items))
             if weight:
                 share = share + loss_sum.detach() / num_items  # no .item(): the host stays ahead of the device
@@ -79,12 +77,12 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     """Trains until state.max_steps, or until a callback or a signal stops it. Returns the last row of metrics.
 
     Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal the
-    update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`.
-    """
-    args, state, callbacks = run.args, run.state, run.callbacks
-    control, meter = callbacks.control, Meter(run)
-    callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
+    update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`."""
+    args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run)
     evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn)
+    callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
+    # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
+    epoch_length = args.max_steps * args.gradient_accumulation_steps if train_loader.num_samples is None else len(train_loader)
     if state.finished:
         return next(row for row in reversed(state.log_history) if "train_loss" in row)
     run.model.train()
@@ -94,7 +92,8 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     with catching_signals(run):
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
-            meter.evaluate(evaluation, scheduled=False)
+            evaluation()
+            meter.since = time.perf_counter()       # the first log tells the speed of training alone
         # an epoch whose end was still to be handled is entered again, even if no window of it is left
         while state.epoch_open or (state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps
                                    and not control.should_training_stop):
@@ -106,15 +105,13 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                 callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
                 with explaining_out_of_memory(args):
                     update = train_step(run, window, loss_fn)
-                state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / micro_batches_per_epoch(args, train_loader)
-                meter.add(update)
+                state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / epoch_length
                 if update is not None:
+                    meter.updates.append(update)
                     handle_nonfinite(run, run.precision.find_nonfinite(state.global_step, update), meter)
                 ask_at_step_end(run)
                 callbacks.fire("on_step_end", run)
-                log_evaluate_save(run, meter, evaluation)
-                if control.stop_signal:
-                    stop_for_signal(run, meter)
+                obey(run, meter, evaluation)
                 if control.should_epoch_stop or control.should_training_stop:
                     break
             if began_at == 0 and state.total_samples == samples_before:
@@ -128,11 +125,9 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
             state.epoch_open = False
             ask_at_epoch_end(run)
             callbacks.fire("on_epoch_end", run)
-            log_evaluate_save(run, meter, evaluation)
-            if control.stop_signal:
-                stop_for_signal(run, meter)
-        if args.save_strategy != "no":
-            meter.save_once()
+            obey(run, meter, evaluation)
+        if args.save_strategy != "no" and meter.saved_step != state.global_step:
+            meter.save()
         metrics = meter.final_metrics()
         callbacks.log(run, metrics)
         callbacks.fire("on_train_end", run)
@@ -140,132 +135,98 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     return metrics
 
 
-def log_evaluate_save(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
-    """Obeys what was asked for, in the order log, evaluate, save. What was logged at this update is not logged again."""
+def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
+    """Does what was asked for, in the order log, evaluate, save, stop. What was logged at this update is not logged again."""
     control = run.callbacks.control
     if control.should_log and run.state.last_logged_step < run.state.global_step:
         run.callbacks.log(run, meter.row())
     if control.should_evaluate:
-        meter.evaluate(evaluation)
+        begin = time.perf_counter()
+        metrics = evaluation()
+        meter.since += time.perf_counter() - begin
+        if isinstance(run.schedule, Plateau):
+            run.schedule.observe(metrics["eval_loss"])
     if control.should_save:
         meter.save()
+    if control.stop_signal:
+        stop_for_signal(run, meter)
 
 
 def ask_at_step_end(run: Run) -> None:
     """When to log, evaluate, save and stop by the number of updates. Callbacks may change their mind in on_step_end."""
-    args, state, control = run.args, run.state, run.callbacks.control
-    step = state.global_step
-    if args.logging_strategy == "steps" and step % state.logging_steps == 0 or args.logging_first_step and step == 1:
-        control.should_log = True
-    if args.eval_strategy == "steps" and step % state.eval_steps == 0 and step >= args.eval_delay:
-        control.should_evaluate = True
-    if args.save_strategy == "steps" and step % state.save_steps == 0:
-        control.should_save = True
-    if step >= state.max_steps:
-        control.should_training_stop = True
-        control.should_evaluate |= args.eval_strategy == "steps" and step >= args.eval_delay
-        control.should_save |= args.save_strategy == "steps"
+    args, state, control, step = run.args, run.state, run.callbacks.control, run.state.global_step
+    last = step >= state.max_steps
+    control.should_training_stop |= last
+    control.should_log |= args.logging_strategy == "steps" and step % state.logging_steps == 0 or args.logging_first_step and step == 1
+    control.should_evaluate |= args.eval_strategy == "steps" and (last or step % state.eval_steps == 0) and step >= args.eval_delay
+    control.should_save |= args.save_strategy == "steps" and (last or step % state.save_steps == 0)
 
 
 def ask_at_epoch_end(run: Run) -> None:
-    args, state, control = run.args, run.state, run.callbacks.control
+    args, control = run.args, run.callbacks.control
     control.should_log |= args.logging_strategy == "epoch"
-    control.should_evaluate |= args.eval_strategy == "epoch" and state.epoch >= args.eval_delay
+    control.should_evaluate |= args.eval_strategy == "epoch" and run.state.epoch >= args.eval_delay
     control.should_save |= args.save_strategy == "epoch"
 
 
-def describe(value) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 class Meter:
-    """What updates leave on the device until a log, a save or the end wants it on the host; and the training clock,
-    which stands still while the run evaluates or saves."""
+    """What updates leave on the device until a log, a save or the end wants it on the host; and the training clock."""
 
     def __init__(self, run: Run):
         self.run = run
-        self.losses: list[Tensor] = []          # of the updates since the last `collect`, on the device
-        self.grad_norm: Tensor | None = None
-        self.began = time.perf_counter()
-        self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
+        self.updates: list[Update] = []         # since the last `collect`
+        self.began = self.since = time.perf_counter()       # since: the last log, put off by what evaluating and saving took
+        self.first_step, self.first_sample, self.since_tokens = run.state.global_step, run.state.total_samples, run.state.num_input_tokens_seen
         self.saved_step = run.state.global_step or None     # a resumed run starts at a saved update
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self.since, self.since_tokens = time.perf_counter(), self.run.state.num_input_tokens_seen
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - begin
-
-    def add(self, update: Update | None) -> None:
-        if update is not None:
-            self.losses.append(update.loss)
-            self.grad_norm = update.grad_norm
 
     def collect(self) -> None:
-        """Brings losses and gradient norm to the host and into the state.
-
-        The state keeps each update's loss, so means do not depend on where saves fell in between: resume stays exact.
-        """
+        """Brings losses and gradient norm to the host and into the state, which keeps each update's loss: then means do not
+        depend on where saves fell in between, and resume stays exact."""
         state = self.run.state
-        if self.losses:
-            for loss in torch.stack(self.losses).tolist():
+        if self.updates:
+            for loss in torch.stack([update.loss for update in self.updates]).tolist():
                 state.recent_losses.append(loss)
                 if math.isfinite(loss):
                     state.total_loss += loss
                     state.num_losses += 1
-            state.grad_norm = float(self.grad_norm)
-            self.losses.clear()
+            state.grad_norm = float(self.updates[-1].grad_norm)
+            self.updates.clear()
 
     def row(self) -> dict:
         """The log of the updates since the last log: their mean loss, the last one's gradient norm and learning rate."""
         self.collect()
-        state = self.run.state
+        state, now = self.run.state, time.perf_counter()
         losses = state.recent_losses
-        seconds = time.perf_counter() - self.since
-        row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm,
-               "learning_rate": state.learning_rate,
-               "tokens_per_second": (state.num_input_tokens_seen - self.since_tokens) / seconds}
+        row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm, "learning_rate": state.learning_rate,
+               "tokens_per_second": (state.num_input_tokens_seen - self.since_tokens) / (now - self.since)}
         for name in ("nan_steps", "empty_steps", "skipped_steps"):
             if count := getattr(state, name) - getattr(state, f"recent_{name}"):
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
         losses.clear()
         state.last_logged_step = state.global_step
-        self.restart_clock()
+        self.since, self.since_tokens = now, state.num_input_tokens_seen
         return row
-
-    def evaluate(self, evaluation: Callable[[], dict], scheduled: bool = True) -> None:
-        with self.paused():
-            metrics = evaluation()
-        if scheduled and isinstance(self.run.schedule, Plateau):
-            self.run.schedule.observe(metrics["eval_loss"])
 
     def save(self) -> None:
         self.collect()
         handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)      # before anything is kept
-        with self.paused():
-            save_checkpoint(self.run)
-            self.saved_step = self.run.state.global_step
-            self.run.callbacks.fire("on_save", self.run)
-
-    def save_once(self) -> None:
-        """Saves unless the checkpoint of this update exists."""
-        if self.saved_step != self.run.state.global_step:
-            self.save()
+        begin = time.perf_counter()
+        save_checkpoint(self.run)
+        self.saved_step = self.run.state.global_step
+        self.run.callbacks.fire("on_save", self.run)
+        self.since += time.perf_counter() - begin
 
     def final_metrics(self) -> dict:
         self.collect()
         handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)
-        state, seconds = self.run.state, time.perf_counter() - self.began
-        state.total_flos = state.num_input_tokens_seen * 6.0 * parameters_outside_embeddings(self.run.model)
+        state, seconds, model = self.run.state, time.perf_counter() - self.began, self.run.model
+        embeddings = {p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+        # the 6 N D rule for training FLOPs (Kaplan et al. 2020, section 2.1), N without embeddings
+        state.total_flos = state.num_input_tokens_seen * 6.0 * sum(p.numel() for p in model.parameters() if p not in embeddings)
         return {"train_runtime": seconds, "train_samples_per_second": (state.total_samples - self.first_sample) / seconds,
                 "train_steps_per_second": (state.global_step - self.first_step) / seconds,
-                "total_flos": state.total_flos,
-                "train_loss": state.total_loss / max(state.num_losses, 1)}
+                "total_flos": state.total_flos, "train_loss": state.total_loss / max(state.num_losses, 1)}
 
 
 def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -> None:
@@ -283,12 +244,11 @@ def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -
     ranks = [rank for rank, share in enumerate(run.world.gather(update.share).tolist()) if not math.isfinite(share)]
     where = f"the loss of rank {ranks[0]}" if ranks else "the gradient norm"
     in_a_row = f", {state.nonfinite_in_a_row} times in a row" if state.nonfinite_in_a_row > 1 else ""
-    newest = list_checkpoints(args.output_dir)
+    newest = [f"checkpoint-{saved}" for saved in list_checkpoints(args.output_dir)] or ["none yet"]
     run.callbacks.log(run, meter.row())
     skip = "" if args.on_nonfinite == "skip" else ", or --on_nonfinite skip to leave such updates out"
-    raise UsageError(f"update {step}: {where} is not finite{in_a_row}; it was not applied. Last good checkpoint: "
-                     f"{f'checkpoint-{newest[0]}' if newest else 'none yet'}. Try a lower --learning_rate, more --warmup_steps, "
-                     f"--max_grad_norm 1{skip}", 4)
+    raise UsageError(f"update {step}: {where} is not finite{in_a_row}; it was not applied. Last good checkpoint: {newest[0]}. "
+                     f"Try a lower --learning_rate, more --warmup_steps, --max_grad_norm 1{skip}", 4)
 
 
 @contextlib.contextmanager
@@ -306,18 +266,9 @@ def explaining_out_of_memory(args) -> Iterator[None]:
                          f"try {halved}--activation_checkpointing, --bf16, or a shorter --block_size", 1) from None
 
 
-def parameters_outside_embeddings(model: torch.nn.Module) -> int:
-    """N of the 6 N D rule for training FLOPs (Kaplan et al. 2020, section 2.1)."""
-    inside = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in inside)
-
-
 def plan(args, state: TrainState, loader) -> None:
-    """Sets max_steps, num_train_epochs and the intervals of `state`, by the HF Trainer's arithmetic.
-
-    A resumed run may have another batch geometry: then the updates still to do are counted in the new one, from the
-    sample where the old one stopped.
-    """
+    """Sets max_steps, num_train_epochs and the intervals of `state`, by the HF Trainer's arithmetic. A resumed run may have another
+    batch geometry: then the updates still to do are counted in the new one, from the sample where the old one stopped."""
     samples_per_update = loader.round_size * args.gradient_accumulation_steps
     if loader.num_samples is None:
         if args.max_steps < 1:
@@ -331,12 +282,11 @@ def plan(args, state: TrainState, loader) -> None:
             position = (state.epochs_done + 1) * steps_per_epoch - left
         end = math.ceil(args.num_train_epochs * steps_per_epoch)
         state.max_steps = args.max_steps if args.max_steps > 0 else state.global_step + max(0, end - position)
-        state.num_train_epochs = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else \
-            math.ceil((position + state.max_steps - state.global_step) / steps_per_epoch)
-    state.samples_per_update = samples_per_update
-    state.train_batch_size = args.per_device_train_batch_size
-    for name, value in (("logging_steps", args.logging_steps), ("save_steps", args.save_steps),
-                        ("eval_steps", args.logging_steps if args.eval_steps is None else args.eval_steps)):
+        epochs = args.num_train_epochs if args.max_steps <= 0 else (position + state.max_steps - state.global_step) / steps_per_epoch
+        state.num_train_epochs = math.ceil(epochs)
+    state.samples_per_update, state.train_batch_size = samples_per_update, args.per_device_train_batch_size
+    eval_steps = args.logging_steps if args.eval_steps is None else args.eval_steps
+    for name, value in (("logging_steps", args.logging_steps), ("eval_steps", eval_steps), ("save_steps", args.save_steps)):
         setattr(state, name, math.ceil(value * state.max_steps) if value < 1 else int(value))
 
 
@@ -345,21 +295,14 @@ def windows(args, micro_batches: int) -> int:
     return -(-micro_batches // args.gradient_accumulation_steps)
 
 
-def micro_batches_per_epoch(args, loader) -> int:
-    """Per rank; a stream counts as if it lasted for the whole run."""
-    return len(loader) if loader.num_samples is not None else args.max_steps * args.gradient_accumulation_steps
-
-
 @contextlib.contextmanager
 def catching_signals(run: Run) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the run to stop; a second one stops the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield       # Python delivers signals to the main thread alone
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()     # Python delivers signals to the main thread alone
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
 
-    def catch(number, frame):
-        os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")     # print is not safe in a handler
+    def catch(number, frame):       # print is not safe in a handler
+        os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")
         run.callbacks.caught_signal = number
         for each, handler in previous.items():
             signal.signal(each, handler)
@@ -374,11 +317,11 @@ def catching_signals(run: Run) -> Iterator[None]:
 
 def stop_for_signal(run: Run, meter: Meter) -> None:
     """Saves and leaves with exit code 128 + signal, telling how to go on. The end of the run is left to its next start."""
-    meter.save_once()
+    number, step = run.callbacks.control.stop_signal, run.state.global_step
+    if meter.saved_step != step:
+        meter.save()
     run.callbacks.fire("on_train_end", run)
-    number = run.callbacks.control.stop_signal
     if run.world.is_main:
-        print(f"stopped by {signal.Signals(number).name} after update {run.state.global_step} of {run.state.max_steps}, saved in "
-              f"{run.args.output_dir}/checkpoint-{run.state.global_step}\n"
-              f"to go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
+        print(f"stopped by {signal.Signals(number).name} after update {step} of {run.state.max_steps}, saved in "
+              f"{run.args.output_dir}/checkpoint-{step}\nto go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
     raise SystemExit(128 + number)

@@ -26,11 +26,8 @@ def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy in nats, summed over labels that are not -100: logits (..., V), labels (...) -> ().
-
-    Computed in float32 at least, whatever the logits come in. label_smoothing: weight of a uniform target
-    (Szegedy et al. 2016, section 7).
-    """
+    """Cross-entropy in nats, summed over labels that are not -100: logits (..., V), labels (...) -> (). Computed in float32 at
+    least, whatever the logits come in. label_smoothing: weight of a uniform target (Szegedy et al. 2016, section 7)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
 
@@ -51,9 +48,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, label_smoothing: float, training: bool) -> Tensor:
         kind = hidden.device.type
         fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        rows, targets = hidden.detach().flatten(0, -2), labels.flatten()
-        if fp16:
-            rows = rows.float()
+        rows, targets = (hidden.detach().float() if fp16 else hidden.detach()).flatten(0, -2), labels.flatten()
         wants_rows, wants_head = (training and needed for needed in ctx.needs_input_grad[:2])
         weight = head.detach().requires_grad_(wants_head)
         total = torch.zeros((), device=hidden.device)

@@ -15,10 +15,8 @@ from state import UsageError
 
 
 class Linear(nn.Linear):
-    """Without bias. Unit-variance outputs from unit-variance inputs at the start, or zeros.
-
-    reset_parameters is what PyTorch calls when a layer is built, and what gives one from the meta device its weights.
-    """
+    """Without bias. Unit-variance outputs from unit-variance inputs at the start, or zeros. PyTorch calls reset_parameters when
+    a layer is built; for one from the meta device it is called again to give it weights."""
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         self.zero = zero
@@ -84,13 +82,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """model(input_ids (B, T)) -> logits (B, T, V); model(input_ids, labels (B, T)) -> summed cross-entropy ().
+    """model(input_ids (B, T)) -> logits (B, T, V); model(input_ids, labels (B, T)) -> summed cross-entropy (). labels are already
+    shifted: labels[b, t] is the token after input_ids[b, t], or -100 to ignore it."""
 
-    labels are already shifted: labels[b, t] is the token after input_ids[b, t], or -100 to ignore it.
-    """
-
-    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0,
-                 label_smoothing: float = 0.0):
+    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0, label_smoothing: float = 0.0):
         super().__init__()
         self.vocab_size, self.block_size, self.label_smoothing = vocab_size, block_size, label_smoothing
         self.embed = Embedding(vocab_size, n_embd)
@@ -111,19 +106,15 @@ class GPT(nn.Module):
 
 
 def build_model(args: TrainArgs) -> GPT:
-    return GPT(args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout,
-               args.label_smoothing_factor)
+    return GPT(args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout, args.label_smoothing_factor)
 
 
 @torch.no_grad()
 def generate(model: GPT, prompt: Tensor, length: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
-    """`prompt` (T,), at least one token, continued by `length` sampled tokens: (T + length,).
-
-    temperature 0 takes the likeliest token. Sampling has its own generator, so a sample never moves a training run.
-    """
-    was_training, generator = model.training, torch.Generator(prompt.device).manual_seed(seed)
+    """`prompt` (T,), at least one token, continued by `length` sampled tokens: (T + length,). temperature 0 takes the likeliest
+    token. Sampling has its own generator, so a sample never moves a training run."""
+    was_training, tokens, generator = model.training, prompt, torch.Generator(prompt.device).manual_seed(seed)
     model.eval()
-    tokens = prompt
     for _ in range(length):
         logits = model(tokens[None, -model.block_size:])[0, -1].float()                     # (V,)
         if not torch.isfinite(logits).all():

@@ -17,8 +17,7 @@ from args import TrainArgs
 from state import UsageError
 from zero import Part
 
-# parameters without weight decay, by name, as in the HF Trainer
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")     # by name, as in the HF Trainer
 HIDDEN = re.compile(r"(?:^|\.)\d+\.")    # inside a numbered layer, such as blocks.0.up.weight
 
 
@@ -34,19 +33,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
     """The optimizer of --optim over the bare model's parameters. --optim_args: its own settings, as "momentum=0.9,nesterov=True"."""
-    groups, lr, betas = parameter_groups(model, args.weight_decay), args.learning_rate, (args.adam_beta1, args.adam_beta2)
-    own = parse_optim_args(args.optim_args)
+    betas, own = (args.adam_beta1, args.adam_beta2), parse_optim_args(args.optim_args)
+    adamw = {"betas": betas, "eps": args.adam_epsilon}
     try:
-        if args.optim in ("adamw_torch_fused", "adamw_torch"):
-            fused = True if args.optim == "adamw_torch_fused" else None
-            return torch.optim.AdamW(groups, **{"lr": lr, "betas": betas, "eps": args.adam_epsilon, "fused": fused, **own})
-        if args.optim == "sgd":
-            return torch.optim.SGD(groups, **{"lr": lr, **own})
-        if args.optim == "adafactor":
-            return Adafactor(groups, **{"lr": lr, **own})
-        if args.optim == "lion":
-            return Lion(groups, **{"lr": lr, "betas": betas, **own})
-        return MuonAdamW(model, lr, args.weight_decay, betas, args.adam_epsilon, **own)
+        if args.optim == "muon":
+            return MuonAdamW(model, args.learning_rate, args.weight_decay, **adamw, **own)
+        kind, settings = {"adamw_torch_fused": (torch.optim.AdamW, {**adamw, "fused": True}), "adamw_torch": (torch.optim.AdamW, adamw),
+                          "sgd": (torch.optim.SGD, {}), "adafactor": (Adafactor, {}), "lion": (Lion, {"betas": betas})}[args.optim]
+        return kind(parameter_groups(model, args.weight_decay), **{"lr": args.learning_rate, **settings, **own})
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, UsageError) else \
             UsageError(f"--optim_args {args.optim_args}: {args.optim} does not take that ({error})") from None
@@ -55,18 +49,14 @@ def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
 def parse_optim_args(text: str | None) -> dict:
     """"a=1,b=0.5,c=True" as keyword arguments; words are kept as text."""
     values: dict = {}
-    for part in (text or "").replace(" ", "").split(","):
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
         key, equals, value = part.partition("=")
-        if not part:
-            continue
         if not equals:
             raise UsageError(f"--optim_args {text}: expected name=value pairs with commas between, got {part!r}")
-        if value in ("True", "False", "true", "false"):
-            values[key] = value.lower() == "true"
-        elif re.fullmatch(r"[-+]?\d+", value):
-            values[key] = int(value)
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value):
+            values[key] = int(value) if re.fullmatch(r"[-+]?\d+", value) else float(value)
         else:
-            values[key] = float(value) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value) else value
+            values[key] = {"True": True, "true": True, "False": False, "false": False}.get(value, value)
     return values
 
 
@@ -78,11 +68,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Second moments of a matrix kept as a row and a column. Shazeer and Stern 2018, algorithms 4 and 5.
-
-    With an external learning rate, as the HF Trainer uses it (scale_parameter=False, relative_step=False): the update is
-    clipped to root mean square `clip_threshold`; the decay of the moments is 1 - step ** decay_rate (section 7.2).
-    """
+    """Second moments of a matrix kept as a row and a column. Shazeer and Stern 2018, algorithms 4 and 5, with an external
+    learning rate, as the HF Trainer uses it (scale_parameter=False, relative_step=False): the update is clipped to root mean
+    square `clip_threshold`; the decay of the moments is 1 - step ** decay_rate (section 7.2)."""
 
     def __init__(self, params, lr: float, eps: float = 1e-30, clip_threshold: float = 1.0, decay_rate: float = -0.8,
                  beta1: float | None = None, weight_decay: float = 0.0):
@@ -93,36 +81,35 @@ class Adafactor(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, p.grad.to(torch.promote_types(p.dtype, torch.float32)), self.state[p], group)
-
-    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-        if not state:
-            state["step"] = torch.zeros(())
-            if p.ndim >= 2:
-                state["row"], state["column"] = grad.new_zeros(p.shape[:-1]), grad.new_zeros(p.shape[:-2] + p.shape[-1:])
-            else:
-                state["square"] = torch.zeros_like(grad)
-            if group["beta1"] is not None:
-                state["exp_avg"] = torch.zeros_like(grad)
-        state["step"] += 1
-        decay = 1.0 - math.pow(state["step"].item(), group["decay_rate"])     # a CPU tensor: no device is waited for
-        square = grad**2 + group["eps"]
-        if p.ndim >= 2:
-            state["row"].mul_(decay).add_(square.mean(dim=-1), alpha=1.0 - decay)
-            state["column"].mul_(decay).add_(square.mean(dim=-2), alpha=1.0 - decay)
-            row = (state["row"] / state["row"].mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-            update = (row * state["column"].unsqueeze(-2).rsqrt()).mul_(grad)
-        else:
-            state["square"].mul_(decay).add_(square, alpha=1.0 - decay)
-            update = state["square"].rsqrt().mul_(grad)
-        root_mean_square = update.norm(2) / (update.numel() ** 0.5)
-        update.div_((root_mean_square / group["clip_threshold"]).clamp_(min=1.0)).mul_(group["lr"])
-        if group["beta1"] is not None:
-            update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
-        if group["weight_decay"] != 0:
-            p.add_(p, alpha=-group["weight_decay"] * group["lr"])
-        p.add_(-update)
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.to(torch.promote_types(p.dtype, torch.float32))
+                if not state:
+                    state["step"] = torch.zeros(())
+                    if p.ndim >= 2:
+                        state["row"], state["column"] = grad.new_zeros(p.shape[:-1]), grad.new_zeros(p.shape[:-2] + p.shape[-1:])
+                    else:
+                        state["square"] = torch.zeros_like(grad)
+                    if group["beta1"] is not None:
+                        state["exp_avg"] = torch.zeros_like(grad)
+                state["step"] += 1
+                decay = 1.0 - math.pow(state["step"].item(), group["decay_rate"])     # a CPU tensor: no device is waited for
+                square = grad**2 + group["eps"]
+                if p.ndim >= 2:
+                    state["row"].mul_(decay).add_(square.mean(dim=-1), alpha=1.0 - decay)
+                    state["column"].mul_(decay).add_(square.mean(dim=-2), alpha=1.0 - decay)
+                    row = (state["row"] / state["row"].mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+                    update = (row * state["column"].unsqueeze(-2).rsqrt()).mul_(grad)
+                else:
+                    state["square"].mul_(decay).add_(square, alpha=1.0 - decay)
+                    update = state["square"].rsqrt().mul_(grad)
+                root_mean_square = update.norm(2) / (update.numel() ** 0.5)
+                update.div_((root_mean_square / group["clip_threshold"]).clamp_(min=1.0)).mul_(group["lr"])
+                if group["beta1"] is not None:
+                    update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
+                if group["weight_decay"] != 0:
+                    p.add_(p, alpha=-group["weight_decay"] * group["lr"])
+                p.add_(-update)
 
 
 class Lion(torch.optim.Optimizer):
@@ -150,20 +137,18 @@ class Lion(torch.optim.Optimizer):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon (Jordan et al. 2024) for the matrices inside numbered layers, AdamW for everything else.
-
-    The orthogonalised update is scaled to the size of AdamW's (adjust_lr_fn="match_rms_adamw", Liu et al. 2025, section 2.2),
-    so both take the same learning rate and weight decay. momentum, nesterov, ns_steps go to Muon.
-    """
+    """torch.optim.Muon (Jordan et al. 2024) for the matrices inside numbered layers, AdamW for everything else. The orthogonalised
+    update is scaled to the size of AdamW's (adjust_lr_fn="match_rms_adamw", Liu et al. 2025, section 2.2), so both take the same
+    learning rate and weight decay. momentum, nesterov, ns_steps go to Muon."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **muon):
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = {p: name for name, p in model.named_parameters()}
         decayed, plain = parameter_groups(model, weight_decay)
-        hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[id(p)])]
+        hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[p])]
         if not hidden:
             raise UsageError("--optim muon found no matrix inside a numbered layer (such as blocks.0.up.weight): use another optimizer")
-        chosen = {id(p) for p in hidden}
-        decayed["params"] = [p for p in decayed["params"] if id(p) not in chosen]
+        chosen = set(hidden)
+        decayed["params"] = [p for p in decayed["params"] if p not in chosen]
         self.muon = torch.optim.Muon([{"params": hidden, "whole": True}], lr=lr, weight_decay=weight_decay,
                                      **{"adjust_lr_fn": "match_rms_adamw", **muon})
         self.adamw = torch.optim.AdamW([{**decayed, "whole": False}, {**plain, "whole": False}], lr=lr, betas=betas, eps=eps, fused=True)
@@ -186,10 +171,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class EMA:
-    """Exponential moving average of the trained weights, taken after every update (Polyak and Juditsky 1992).
-
-    average = decay * average + (1 - decay) * weight, in float32 at least. Each rank averages the parts that it trains.
-    """
+    """Exponential moving average of the trained weights, taken after every update (Polyak and Juditsky 1992):
+    average = decay * average + (1 - decay) * weight, in float32 at least. Each rank averages the parts that it trains."""
 
     def __init__(self, parts: list[Part], decay: float):
         self.parts = [part._replace(piece=part.piece.detach().to(torch.promote_types(part.piece.dtype, torch.float32), copy=True)) for part in parts]

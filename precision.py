@@ -18,49 +18,42 @@ from state import Update, UsageError
 
 class Precision:
     """fp16, bf16: compute in that type. tf32: on NVIDIA GPUs, multiply float32 in 19 bits (None leaves torch's setting).
-
-    full_eval: the weights themselves are cast for evaluation outside training.
-    """
+    full_eval: the weights themselves are cast for evaluation outside training."""
 
     def __init__(self, device: torch.device, fp16: bool = False, bf16: bool = False, tf32: bool | None = None,
                  full_eval: torch.dtype | None = None):
         self.device, self.full_eval = device, full_eval
         self.dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else None
-        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)       # if not enabled, it scales nothing
         self.pending: tuple | None = None       # the update an accelerator has not been asked about yet
         if tf32 is not None:
             torch.backends.fp32_precision = "tf32" if tf32 else "ieee"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
 
     def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the scale, once per update and before clipping."""
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(optimizer)
 
     @property
     def scales(self) -> bool:
         """Whether an overflow of the gradients can be cured by a lower scale."""
-        return self.scaler is not None and self.scaler.get_scale() >= 1.0
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
 
     def device_skips(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer itself leaves out an update that is not finite, on the device and without the host waiting."""
-        return self.device.type != "cpu" and self.scaler is None and bool(optimizer.defaults.get("fused")) \
+        return self.device.type != "cpu" and not self.scaler.is_enabled() and bool(optimizer.defaults.get("fused")) \
             and isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam))
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped.
-
-        Where the device skips by itself the answer is always True; `find_nonfinite` tells one update later.
-        """
+        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped. Where the device skips
+        by itself the answer is always True; `find_nonfinite` tells one update later."""
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        if self.scaler is not None:             # the scaler waits for the device anyhow
+        if self.scaler.is_enabled():            # the scaler waits for the device anyhow
             if finite:
                 self.scaler.step(optimizer)
                 self.scaler.update()
@@ -93,25 +86,22 @@ class Precision:
     def find_last_nonfinite(self) -> tuple[int, Update] | None:
         if self.pending is None:
             return None
-        step, update, copy, copied = self.pending
-        self.pending = None
+        (step, update, copy, copied), self.pending = self.pending, None
         copied.synchronize()
         return None if copy else (step, update)
 
     def check_model(self, model: nn.Module) -> None:
         """fp16 scaling needs float32 weights: their gradients would else be float16 and cannot be unscaled."""
         half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-        if self.scaler is not None and half:
+        if self.scaler.is_enabled() and half:
             raise UsageError(f"--fp16 trains float32 weights, and {half[0]} is float16 ({len(half)} parameters are): "
                              f"use model.float(), or --bf16 with model.bfloat16()")
 
     @contextlib.contextmanager
     def evaluation_weights(self, model: nn.Module, training: bool) -> Iterator[None]:
         """Casts the weights for the length of an evaluation outside training (--bf16_full_eval, --fp16_full_eval)."""
-        if self.full_eval is None or training:
-            yield
-            return
-        kept = {p: p.data for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()}
+        cast = self.full_eval is not None and not training
+        kept = {p: p.data for p in [*model.parameters(), *model.buffers()] if cast and p.is_floating_point()}
         for p in kept:
             p.data = p.data.to(self.full_eval)
         try:
@@ -122,8 +112,8 @@ class Precision:
 
     def state_dict(self) -> dict:
         """The loss scale and its counter, for the checkpoint."""
-        return {} if self.scaler is None else self.scaler.state_dict()
+        return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if self.scaler is not None and state:
+        if state:
             self.scaler.load_state_dict(state)

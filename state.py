@@ -1,7 +1,6 @@
 """What a run is made of (`Run`), what it remembers over a restart (`TrainState`), and the one error for users' mistakes.
 
-No file below this one: loop, checkpoint, evalloop and callbacks all need these records, so they live here to keep the
-import graph free of cycles.
+Every other file may import this one, and it imports none: that keeps the import graph free of cycles.
 """
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,31 +23,22 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]      # tensors for the model, and the ints num_items and num_samples for the loop
 LossFn = Callable[["torch.nn.Module", Batch], "torch.Tensor"]   # (model, micro-batch) -> summed loss ()
+runtime = partial(field, metadata={"runtime": True})            # a field that is worked out at each start and not saved
 
 
 class UsageError(ValueError):
-    """A mistake of the user's, told in one message without a traceback.
-
-    exit_code: 1 another rank failed or memory ran out, 2 wrong arguments or data, 3 no usable checkpoint, 4 an update is not
-    finite, 5 output_dir cannot be written.
-    """
+    """A mistake of the user's, told in one message without a traceback. exit_code: 1 another rank failed or memory ran out,
+    2 wrong arguments or data, 3 no usable checkpoint, 4 an update is not finite, 5 output_dir cannot be written."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def runtime(default):
-    """A field that is worked out at each start and not saved."""
-    return field(default=default, metadata={"runtime": True})
-
-
 @dataclass
 class TrainState:
-    """Progress of a run. Names are those of the HF Trainer's state, so its callbacks can read them.
-
-    `to_dict` is what a checkpoint stores.
-    """
+    """Progress of a run. Names are those of the HF Trainer's state, so its callbacks can read them. `to_dict` is what a
+    checkpoint stores."""
 
     global_step: int = 0            # updates attempted over the whole run
     skipped_steps: int = 0          # of these, the ones not applied; the schedule reads global_step - skipped_steps
@@ -73,18 +64,17 @@ class TrainState:
     samples_per_update: int = 0     # batch geometry: of all ranks, over one window
     epoch_open: bool = False        # a pass has begun whose end has not been handled yet
     log_bytes: int = 0              # length of metrics.jsonl, which is the history; resume truncates to it
-
-    max_steps: int = runtime(0)
-    num_train_epochs: int = runtime(0)
-    logging_steps: int = runtime(0)         # intervals in updates, ratios resolved
-    eval_steps: int = runtime(0)
-    save_steps: int = runtime(0)
-    train_batch_size: int = runtime(0)
-    is_local_process_zero: bool = runtime(True)
-    is_world_process_zero: bool = runtime(True)
-    log_path: str = runtime("")
-    in_training: bool = runtime(False)       # train() is at work
-    finished: bool = runtime(False)         # nothing was left to do when this start found the run
+    max_steps: int = runtime(default=0)
+    num_train_epochs: int = runtime(default=0)
+    logging_steps: int = runtime(default=0)         # intervals in updates, ratios resolved
+    eval_steps: int = runtime(default=0)
+    save_steps: int = runtime(default=0)
+    train_batch_size: int = runtime(default=0)
+    is_local_process_zero: bool = runtime(default=True)
+    is_world_process_zero: bool = runtime(default=True)
+    log_path: str = runtime(default="")
+    in_training: bool = runtime(default=False)       # train() is at work
+    finished: bool = runtime(default=False)         # nothing was left to do when this start found the run
 
     def to_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if "runtime" not in f.metadata}
