@@ -132,7 +132,7 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "gradient_checkpointing": "use --activation_checkpointing", "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp",
     "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "parallelism_config": "parallelism is in distributed.py",
     "fsdp_min_num_params": "use --fsdp_transformer_layer_cls_to_wrap", "ddp_backend": "NCCL reduces on GPUs, gloo on CPUs",
-    "ddp_static_graph": "it fails with accumulation", "ddp_broadcast_buffers": "DDP's default", "local_rank": "torchrun sets it in the environment",
+    "ddp_static_graph": "there is no graph to keep static", "ddp_broadcast_buffers": "saved buffers are always rank 0's", "local_rank": "torchrun sets it in the environment",
     "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "tokenizer_name": "the built-in data is bytes",
     "model_name_or_path": "the model is built in model.py", "remove_unused_columns": "the collator decides what the model gets",
     "dataloader_num_workers": "data is read in the training process", "dispatch_batches": "each rank reads its own data",
@@ -278,7 +278,9 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
          f"--accumulate_unsharded is what --strategy {a.strategy} always does")
     for name, value in (("hsdp_shard_size", a.hsdp_shard_size is None or a.strategy == "hsdp"),
                         ("fsdp_transformer_layer_cls_to_wrap", a.fsdp_transformer_layer_cls_to_wrap is None or split),
-                        ("reshard_after_forward", a.reshard_after_forward or split)):
+                        ("reshard_after_forward", a.reshard_after_forward or split),
+                        ("ddp_bucket_cap_mb", a.ddp_bucket_cap_mb == 25.0 or not split),
+                        ("ddp_find_unused_parameters", a.ddp_find_unused_parameters or not split)):
         need(f"{name} strategy", value, f"--{name} does nothing with --strategy {a.strategy}: leave it away")
     for name in ("torch_compile_backend", "torch_compile_mode"):
         need(f"{name} torch_compile", a.torch_compile or getattr(a, name) is None, f"--{name} needs --torch_compile")

@@ -143,10 +143,10 @@ def optimizer_state(held: list[Part], optimizer: torch.optim.Optimizer) -> tuple
 
 
 def write_tensors(folder: str, name: str, tensors: dict[str, Tensor], numbers: dict | None = None) -> None:
-    """One file of tensors without empty ones; `numbers` go into its header, which has no fixed order, so it holds one thing."""
+    """One file of tensors; `numbers` go into its header, which has no fixed order, so it holds one thing."""
     path = os.path.join(folder, name)
     try:
-        save_file({key: t.contiguous() for key, t in tensors.items() if t.numel()}, path, metadata={"format": "pt"} if numbers is None else {"numbers": json.dumps(numbers)})
+        save_file({key: t.contiguous() for key, t in tensors.items()}, path, metadata={"format": "pt"} if numbers is None else {"numbers": json.dumps(numbers)})
     except SafetensorError as error:   # a full disk, among others
         raise OSError(str(error)) from None
     os.chmod(path, 0o666 & ~current_umask())   # safetensors makes it readable by its owner alone

@@ -1,6 +1,6 @@
 """Ranks: the process group, who this process is (`World`), its randomness, and how a model is spread over ranks.
 
-To change the parallelism, change `parallelize`, `shard_optimizer`, `grad_sync` and `clip_grads`; ddp, zero1 and zero2 are in zero.py.
+To change the parallelism, change `parallelize` and `clip_grads`; ddp, zero1, zero2 and what `parallelize` returns are in zero.py.
 One process has no process group; every function here then does nothing but return what it was given.
 """
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from state import UsageError
-from zero import DataParallel, Parallel, Part, fill_buckets, share, train_pieces, whole_parameters
+from zero import DataParallel, Parallel, Part, share, train_pieces, whole_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -172,8 +172,9 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
     lost_peer = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
     ours = os.path.dirname(os.path.abspath(__file__))
     frames = traceback.extract_tb(error.__traceback__)
-    name = next((f.name for f in frames if f.filename.endswith("distributed_c10d.py")), "a reduction of gradients")
-    line = next((f"{os.path.basename(f.filename)}:{f.lineno}" for f in reversed(frames) if os.path.dirname(f.filename) == ours), "")
+    here = next((f for f in reversed(frames) if os.path.dirname(f.filename) == ours), frames[-1])
+    name = next((f.name for f in frames if f.filename.endswith("distributed_c10d.py")), here.name)
+    line = f"{os.path.basename(here.filename)}:{here.lineno}"
     told: dict[int, str] = {}
 
     def roll_call() -> None:
@@ -194,7 +195,7 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
     silent = [r for r in range(world_size) if r not in told] if told else [0]       # rank 0 keeps the store where torchrun does not
     what = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} did not answer: dead (see its own message), stopped, or busy for longer " \
            f"than --ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \
-           "only some ranks run"
+           "only some ranks run, with fsdp also for blocks of the model"
     return UsageError(f"rank {rank} lost touch in {name} ({line}): {what}. {str(error).splitlines()[0]}", 6)
 
 
@@ -223,15 +224,26 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
-def initial_device(args, world: World) -> contextlib.AbstractContextManager:
-    """Where to build a model: on the meta device, without memory, if it will be sharded; `parallelize` then fills the shards."""
-    return torch.device("meta") if world.device_mesh is not None else contextlib.nullcontext()
+def build_on(world: World, build: Callable[[], nn.Module]) -> nn.Module:
+    """build(), on the meta device and without memory if the model will be sharded and its class says by `meta_init = True` that
+    reset_parameters is all there is to its initial weights; `parallelize` then fills the shards."""
+    if world.device_mesh is not None:
+        with torch.device("meta"):
+            model = build()
+        if getattr(model, "meta_init", False):
+            return model
+    return build()
 
 
 def parallelize(model: nn.Module, args, world: World) -> Parallel:
     """Moves the model, in place, to this rank's device and spreads it as --strategy says. All ranks start from rank 0's weights."""
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("the model has no trainable parameter: give one that has, or set requires_grad on those to train")
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise UsageError(f"{name} gives sparse gradients, which can be neither clipped nor reduced here: build it with sparse=False")
+    if args.cpu_offload and world.world_size == 1:
+        raise UsageError("--cpu_offload moves a rank's part of the optimizer, and one process has no part: use several ranks, or leave it away")
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
         return FullySharded(model, args, world)
     model.to(world.device)
@@ -274,20 +286,24 @@ class FullySharded(Parallel):
 
     def __init__(self, model: nn.Module, args, world: World):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        units = find_units(model, args.fsdp_transformer_layer_cls_to_wrap)
+        check_shardable(model, units, args)
         on_meta = any(p.is_meta for p in model.parameters())
         if not on_meta:
+            for p in model.parameters():
+                p.data = p.data.contiguous()
             share([*model.parameters(), *model.buffers()])
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         options = {"mesh": world.device_mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
                    "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if args.cpu_offload else OffloadPolicy()}
-        for unit in find_units(model, args.fsdp_transformer_layer_cls_to_wrap):
+        for unit in units:
             fully_shard(unit, reshard_after_forward=args.reshard_after_forward, **options)
         fully_shard(model, **options)      # the rest; the root stays gathered from forward to backward
         model.set_reduce_scatter_unused_params(True)       # or ranks that use different parameters would reduce different ones
         if on_meta:
             materialize(model, torch.device("cpu") if args.cpu_offload else world.device)
         super().__init__(model, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
-        self.model, self.group, self.every_micro_batch = model, world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
+        self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
         self.saves = world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
         self.used: set[str] = set()
@@ -306,11 +322,15 @@ class FullySharded(Parallel):
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives the optimizer this rank's shards to train, and of parameters that must not be cut every N-th one whole."""
+        self.check_held(optimizer)
         together = whole_parameters(optimizer)
         names = {p: name for name, p in self.trained.items()}
         self.shards = {name: nn.Parameter(local_part(p)[0]) for name, p in self.trained.items() if p not in together}
-        for parameters in fill_buckets([p for p in names if p in together], together, self.group.size(), 0):
-            self.exchanges.append(Exchange([names[p] for p in parameters], parameters, self.group))
+        shapes = {p.shape: [q for q in names if q in together and q.shape == p.shape] for p in names if p in together}
+        for same in shapes.values():
+            for start in range(0, len(same), self.group.size()):
+                some = same[start:start + self.group.size()]
+                self.exchanges.append(Exchange([names[p] for p in some], some, self.group, turn=sum(len(e.names) for e in self.exchanges)))
         pieces = self.shards | {exchange.name: exchange.piece for exchange in self.exchanges if exchange.name}
         self.parts = [Part(name, pieces[name], local_part(p)[1] if name in self.shards else 0, p.shape)
                       for name, p in self.trained.items() if name in pieces]
@@ -325,6 +345,7 @@ class FullySharded(Parallel):
         self.model.set_requires_all_reduce(last)       # hsdp: between the groups only once per window
         yield
         if last:
+            self.check_trained()
             self.give_grads()
             share(self.shared_buffers)
 
@@ -336,7 +357,8 @@ class FullySharded(Parallel):
             piece.data, piece.grad = local_part(self.trained[name])[0], grads[name] if used[name] else None
         for exchange in self.exchanges:
             whole_grad = exchange.to_owners([grads[name] for name in exchange.names])
-            exchange.piece.grad = whole_grad if used.get(exchange.name) else None
+            if exchange.name:
+                exchange.piece.grad = whole_grad if used[exchange.name] else None
         for p in self.trained.values():
             p.grad = None
         self.used.clear()
@@ -352,7 +374,9 @@ class FullySharded(Parallel):
     def adopt(self) -> None:
         """Brings whole matrices up to date with their shards; the other pieces are the shards."""
         for exchange in self.exchanges:
-            exchange.piece.data = exchange.to_owners([local_part(p)[0] for p in exchange.parameters])
+            whole_weight = exchange.to_owners([local_part(p)[0] for p in exchange.parameters])
+            if exchange.name:
+                exchange.piece.data = whole_weight
 
 
 class Exchange:
@@ -361,10 +385,12 @@ class Exchange:
     An all-to-all brings each rank the shards of its parameter's gradient; after the update another brings the weights back.
     """
 
-    def __init__(self, names: list[str], parameters: list[Tensor], group):
+    def __init__(self, names: list[str], parameters: list[Tensor], group, turn: int):
         self.names, self.parameters, self.group, self.shape = names, parameters, group, parameters[0].shape
-        self.name = names[group.rank()] if group.rank() < len(names) else ""       # of this rank's parameter
-        self.piece = nn.Parameter(local_part(parameters[0])[0].new_zeros(self.shape))
+        self.turn = turn        # the rank that owns the first, so that all own about equally many
+        mine = (group.rank() - turn) % group.size()
+        self.name = names[mine] if mine < len(names) else ""        # of this rank's parameter
+        self.piece = nn.Parameter(torch.empty(self.shape if self.name else 0, dtype=parameters[0].dtype, device=local_part(parameters[0])[0].device))
         self.rows = -(-self.shape[0] // group.size())       # of a shard; the last ones may have fewer
 
     def swap(self, rows: Tensor) -> Tensor:
@@ -373,21 +399,41 @@ class Exchange:
         dist.all_to_all_single(received, rows, group=self.group)
         return received
 
+    def buffer(self) -> Tensor:
+        return self.piece.detach().new_zeros(self.group.size(), self.rows, *self.shape[1:])
+
     def to_owners(self, shards: list[Tensor | None]) -> Tensor:
         """This rank's shards of all parameters -> the whole of its own one."""
-        rows = self.piece.new_zeros(self.group.size(), self.rows, *self.shape[1:])
-        for row, shard in zip(rows, shards):
+        rows = self.buffer()
+        for i, shard in enumerate(shards):
             if shard is not None:
-                row[:len(shard)] = shard
+                rows[(i + self.turn) % self.group.size(), :len(shard)] = shard
         return self.swap(rows).flatten(0, 1)[:self.shape[0]]
 
     def to_shards(self) -> None:
         """The whole of this rank's parameter -> everybody's shards of it."""
-        rows = self.piece.new_zeros(self.group.size() * self.rows, *self.shape[1:])
-        rows[:self.shape[0]] = self.piece.detach()
-        for p, row in zip(self.parameters, self.swap(rows.view(self.group.size(), self.rows, *self.shape[1:]))):
+        rows = self.buffer()
+        if self.name:
+            rows.flatten(0, 1)[:self.shape[0]] = self.piece.detach()
+        rows = self.swap(rows)
+        for i, p in enumerate(self.parameters):
             shard = local_part(p)[0]
-            shard.copy_(row[:len(shard)])
+            shard.copy_(rows[(i + self.turn) % self.group.size(), :len(shard)])
+
+
+def check_shardable(model: nn.Module, units: list[nn.Module], args) -> None:
+    """What fully_shard cannot take, in our words."""
+    problems = [f"{name} is {'a single number' if p.ndim == 0 else 'empty'}" for name, p in model.named_parameters() if p.ndim == 0 or not p.numel()]
+    home = {module: unit for unit in [model, *units[::-1]] for module in unit.modules()}     # the innermost unit of each
+    first: dict[Tensor, nn.Module] = {}
+    for name, module in model.named_modules():
+        problems += [f"{name}.{key} is tied to a weight of another block" for key, p in module.named_parameters(recurse=False)
+                     if first.setdefault(p, home[module]) is not home[module]]
+    if args.bf16 or args.fp16:
+        problems += [f"{name} is a BatchNorm, whose statistics stay in float32" for name, m in model.named_modules()
+                     if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))]
+    if problems:
+        raise UsageError(f"--strategy {args.strategy} cannot shard this model: {'; '.join(problems[:5])}. Use --strategy zero2")
 
 
 def find_units(model: nn.Module, class_names: str | None) -> list[nn.Module]:
@@ -409,6 +455,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     """Gives a model from the meta device the weights it would have had without: each module draws its own, whole, by
     reset_parameters, in the order in which modules are built, and this rank keeps its part. One module is whole at a time."""
     model.to_empty(device=device)
+    filled: set[Tensor] = set()
     for name, module in model.named_modules():
         sharded = dict(module.named_parameters(recurse=False))
         if not sharded and not any(True for _ in module.buffers(recurse=False)):
@@ -420,6 +467,8 @@ def materialize(model: nn.Module, device: torch.device) -> None:
             module.register_parameter(key, nn.Parameter(torch.empty(p.shape), p.requires_grad))      # of the type that models are built in
         module.reset_parameters()
         for key, p in sharded.items():
-            local, start = local_part(p)
-            local.copy_(module.get_parameter(key).detach().flatten()[start:start + local.numel()].view(local.shape))
+            if p not in filled:     # tied weights keep the first draw, as a module that is given another's weight has it
+                local, start = local_part(p)
+                local.copy_(module.get_parameter(key).detach().flatten()[start:start + local.numel()].view(local.shape))
             module.register_parameter(key, p)
+            filled.add(p)

@@ -38,10 +38,10 @@ def evaluating(run: Run) -> Iterator[nn.Module]:
     finally:
         if hasattr(optimizer, "train"):
             optimizer.train()
-        run.parallel.gather()
         for module, training in modes:
             module.training = training
         set_rng_state(rng)
+    run.parallel.gather()       # not after an error on this rank alone: the others do not come
 
 
 def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tensor, Tensor], dict] | None = None,

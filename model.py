@@ -85,6 +85,8 @@ class GPT(nn.Module):
     """model(input_ids (B, T)) -> logits (B, T, V); model(input_ids, labels (B, T)) -> summed cross-entropy (). labels are already
     shifted: labels[b, t] is the token after input_ids[b, t], or -100 to ignore it."""
 
+    meta_init = True        # initial weights are those of reset_parameters, module by module, and nothing else
+
     def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0, label_smoothing: float = 0.0):
         super().__init__()
         self.vocab_size, self.block_size, self.label_smoothing = vocab_size, block_size, label_smoothing

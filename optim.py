@@ -187,14 +187,15 @@ class EMA:
     def in_place(self, sync: Callable[[], None]) -> Iterator[None]:
         """The pieces have the averages for weights, to evaluate them; then their own again. `sync`: has the model follow."""
         kept = [p.detach().clone() for p in self.trained]
-        self.set([part.piece for part in self.parts], sync)
+        self.set([part.piece for part in self.parts])
+        sync()
         try:
             yield
         finally:
-            self.set(kept, sync)
+            self.set(kept)
+        sync()      # not after an error on this rank alone: the others do not come
 
     @torch.no_grad()
-    def set(self, values: list[Tensor], sync: Callable[[], None]) -> None:
+    def set(self, values: list[Tensor]) -> None:
         for p, value in zip(self.trained, values):
             p.copy_(value)
-        sync()

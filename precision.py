@@ -54,15 +54,17 @@ class Precision:
         by itself the answer is always True; `find_nonfinite` tells one update later."""
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         if self.scaler.is_enabled():            # the scaler waits for the device anyhow
+            # The scaler's own step and update go by this rank's gradients alone. All ranks have to agree, so the norm decides.
+            state = self.scaler.state_dict()
             if finite:
-                self.scaler.step(optimizer)
-                self.scaler.update()
-            else:       # not by the scaler's own search: it has seen this rank's gradients only, and all ranks have to agree
-                state = self.scaler.state_dict()
-                if torch.isfinite(loss):        # or else the scale was not to blame
-                    state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
-                self.scaler.load_state_dict(state)
-                self.scaler.update(state["scale"])      # forgets these gradients
+                optimizer.step()
+                state["_growth_tracker"] += 1
+                if state["_growth_tracker"] == state["growth_interval"]:
+                    state["scale"], state["_growth_tracker"] = state["scale"] * state["growth_factor"], 0
+            elif torch.isfinite(loss):      # or else the scale was not to blame
+                state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
+            self.scaler.load_state_dict(state)
+            self.scaler.update(state["scale"])      # and forgets these gradients
         elif self.device_skips(optimizer):
             optimizer.found_inf = (~finite).float()
             optimizer.step()

@@ -15,7 +15,7 @@ from callbacks import Callbacks, ProgressCallback
 from checkpoint import find_checkpoint, load_checkpoint, load_state
 from collators import default_collator
 from data import Loader, build_data
-from distributed import World, initial_device, open_world, parallelize, set_seed
+from distributed import World, build_on, open_world, parallelize, set_seed
 from evalloop import evaluating
 from loop import plan, train, windows
 from loss import compute_loss
@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
         checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data
-        with initial_device(args, world):                     # no rank ever holds all of a model that is sharded
-            model = build_model(args)                         # model.py       <- your model
+        model = build_on(world, lambda: build_model(args))    # model.py       <- your model
         run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, checkpoint=checkpoint,
                                                   make_optimizer=make_optimizer)
         print_summary(run, train_loader, eval_loader, data.about)

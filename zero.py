@@ -15,7 +15,7 @@ An all-reduce is a reduce-scatter and an all-gather: zero1 sends what ddp sends 
 Gradients travel in flat buckets while backward still runs. With ZeRO the weights live in such buckets too, of one chunk per
 rank; a chunk may begin and end inside a parameter. What this rank owns of a parameter is a plain tensor, its piece, and the
 optimizer trains pieces. An update that looks at one element at a time, as Adam's does, cannot tell. Any other, such as Muon's
-or Adafactor's, gets buckets of N parameters of one shape, each parameter whole in the chunk of one rank.
+or Adafactor's, gets buckets in which each parameter is whole, in the chunk of one rank.
 """
 from __future__ import annotations
 
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 # torch's optimizers that update each element by itself; others say so by an attribute, elementwise = True
 ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
                torch.optim.Adamax, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop)
-# torch 2.13 gave these their names; before, the same functions had others
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Part(NamedTuple):
@@ -62,7 +59,7 @@ class Parallel:
     """
 
     def __init__(self, model: nn.Module, world: World, split: bool = False):
-        self.world, self.split, self.saves = world, split, split or world.is_main
+        self.model, self.world, self.split, self.saves = model, world, split, split or world.is_main
         self.parts: list[Part] = []
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # what changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's
@@ -71,11 +68,25 @@ class Parallel:
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Has an optimizer that was built on the bare model train what this rank holds."""
+        self.check_held(optimizer)
         self.parts = [Part(name, p, 0, p.shape) for name, p in self.trained.items()]
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of one micro-batch. After the last of a window the parts have their gradients, means over ranks."""
         return contextlib.nullcontext()
+
+    def check_held(self, optimizer: torch.optim.Optimizer) -> None:
+        """What no optimizer trains would pile up gradients, and count in their norm."""
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if missing := [name for name, p in self.trained.items() if p not in held]:
+            raise UsageError(f"the optimizer trains {len(held)} parameters, and not {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}: "
+                             f"put all into its groups, or set requires_grad to False on what is not to be trained")
+
+    def check_trained(self) -> None:
+        """A parameter that is unfrozen in between would be reduced by nobody."""
+        if new := [name for name, p in self.model.named_parameters() if p.requires_grad and name not in self.trained]:
+            raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for itself; "
+                             f"set requires_grad before, and freeze by a learning rate of 0")
 
     def gather(self) -> None:
         """Has the model's weights follow the parts, when something other than optimizer.step has changed these; after evaluations too."""
@@ -91,17 +102,14 @@ class Bucket:
     optimizer updates: `mine`, or a copy on the CPU (ZeRO-Offload, Ren et al. 2021). Not split: a chunk is all, and nothing moves.
     """
 
-    def __init__(self, parameters: list[Tensor], world: World, split: bool, whole: bool, offload: bool):
+    def __init__(self, parameters: list[Tensor], world: World, split: bool, whole: bool, offload: bool, turn: int):
         self.parameters, self.split = parameters, split
-        sizes = [p.numel() for p in parameters]
-        self.offsets = [0, *accumulate(sizes)]
-        ranks = world.world_size if split else 1
-        chunk = sizes[0] if whole else -(-sum(sizes) // ranks)      # the last ones may have padding
-        self.size, self.first = ranks * chunk, world.rank * chunk if split else 0
+        chunk, self.offsets = lay_out([p.numel() for p in parameters], whole, world.world_size if split else 1, turn)
+        self.size, self.first = chunk * (world.world_size if split else 1), world.rank * chunk if split else 0
         # the parameters in this rank's chunk: (index, first and last element in the bucket)
-        ends = [(i, max(self.offsets[i], self.first), min(self.offsets[i + 1], self.first + chunk)) for i in range(len(parameters))]
+        ends = [(i, max(o, self.first), min(o + p.numel(), self.first + chunk)) for i, (p, o) in enumerate(zip(parameters, self.offsets))]
         self.ranges = [(index, start, stop) for index, start, stop in ends if start < stop]
-        self.pieces = parameters
+        self.pieces = [parameters[index] for index, _, _ in self.ranges]
         if split:
             self.flat = parameters[0].detach().new_zeros(self.size)
             for index, p in enumerate(parameters):
@@ -111,11 +119,12 @@ class Bucket:
             self.pieces = [nn.Parameter(piece) for piece in self.cut(self.held)]
         self.used = [False] * len(parameters)       # in this window, by this rank's loss
         self.arrived: set[int] = set()              # in this backward
-        self.buffer = self.grad = self.work = None
+        self.buffer = self.grad = self.work = self.reduced = None
 
     def slot(self, flat: Tensor, index: int) -> Tensor:
         """The place of a parameter in a buffer of the whole bucket, in its shape."""
-        return flat[self.offsets[index]:self.offsets[index + 1]].view(self.parameters[index].shape)
+        p = self.parameters[index]
+        return flat[self.offsets[index]:self.offsets[index] + p.numel()].view(p.shape)
 
     def cut(self, chunk: Tensor) -> list[Tensor]:
         """The pieces of parameters in this rank's chunk, or in one like it, as views; whole ones have their shape."""
@@ -136,7 +145,7 @@ class Bucket:
         """Begins the reduction to the mean over ranks: of everything, or of this rank's chunk."""
         buffer = self.parameters[0].detach().new_zeros(self.size) if self.buffer is None else self.buffer
         self.reduced = torch.empty_like(self.mine) if self.split else buffer
-        self.work = reduce_scatter(self.reduced, buffer, op=dist.ReduceOp.AVG, group=group, async_op=True) if self.split else \
+        self.work = dist.reduce_scatter_single(self.reduced, buffer, op=dist.ReduceOp.AVG, group=group, async_op=True) if self.split else \
             dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=group, async_op=True)
 
     def finish(self) -> None:
@@ -155,15 +164,16 @@ class DataParallel(Parallel):
     def __init__(self, model: nn.Module, world: World, strategy: str, every_micro_batch: bool, bucket_bytes: int, find_unused: bool, offload: bool):
         super().__init__(model, world, split=strategy != "ddp")
         self.every_micro_batch, self.bucket_bytes, self.find_unused, self.offload = every_micro_batch, bucket_bytes, find_unused, offload
-        self.group, self.buckets = dist.group.WORLD, []
+        self.group, self.buckets, self.reducing = dist.group.WORLD, [], False
         share([*model.parameters(), *model.buffers()])
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Lays out the buckets, and with ZeRO gives the optimizer this rank's pieces to train in place of the parameters."""
         whole = whole_parameters(optimizer) if self.split else set()
         found: dict[Tensor, tuple[Tensor, int]] = {}
+        self.check_held(optimizer)
         for parameters in fill_buckets(list(self.trained.values()), whole, self.world.world_size, self.bucket_bytes):
-            bucket = Bucket(parameters, self.world, self.split, parameters[0] in whole, self.offload)
+            bucket = Bucket(parameters, self.world, self.split, parameters[0] in whole, self.offload, turn=len(self.buckets))
             self.buckets.append(bucket)
             for index, p in enumerate(parameters):
                 p.register_post_accumulate_grad_hook(lambda p, bucket=bucket, index=index: self.on_grad(bucket, index))
@@ -176,28 +186,39 @@ class DataParallel(Parallel):
     @contextlib.contextmanager
     def grad_sync(self, last: bool) -> Iterator[None]:
         """Around one micro-batch. Reductions start while backward still runs, in the same order on every rank."""
-        self.reducing, self.started = last or self.every_micro_batch, 0
+        self.reducing, self.started, self.finished = last or self.every_micro_batch, 0, 0
         yield
         if self.reducing:
-            for bucket in self.buckets:     # what this backward has not reached, but an earlier one of the window
-                for index, p in enumerate(bucket.parameters):
-                    if p.grad is not None:
-                        bucket.take(index)
+            self.reducing = False
             for bucket in self.buckets[self.started:]:
-                bucket.start(self.group)
-            for bucket in self.buckets:
+                for index, p in enumerate(bucket.parameters):
+                    if p.grad is not None:      # not reached by this backward, but by an earlier one of the window
+                        bucket.take(index)
+                self.start_next()
+            for bucket in self.buckets[self.finished:]:
                 bucket.finish()
         if last:
+            self.check_trained()
             self.give_grads()
             share(self.shared_buffers)
+
+    def start_next(self) -> None:
+        """Starts to reduce the next bucket, and waits for the one before the last, so that few are ever whole."""
+        self.buckets[self.started].start(self.group)
+        self.started += 1
+        if self.started - self.finished > 2:
+            self.buckets[self.finished].finish()
+            self.finished += 1
 
     def on_grad(self, bucket: Bucket, index: int) -> None:
         """Called by autograd when the gradient of a parameter is complete."""
         if self.reducing:
+            if index in bucket.arrived:
+                name = next(name for name, p in self.trained.items() if p is bucket.parameters[index])
+                raise UsageError(f"the gradient of {name} came twice in one backward: checkpoint activations with use_reentrant=False")
             bucket.take(index)
             while self.started < len(self.buckets) and len(self.buckets[self.started].arrived) == len(self.buckets[self.started].parameters):
-                self.buckets[self.started].start(self.group)
-                self.started += 1
+                self.start_next()
 
     def give_grads(self) -> None:
         """Gives the pieces their gradients."""
@@ -223,7 +244,7 @@ class DataParallel(Parallel):
         for bucket in self.buckets if self.split else []:
             if bucket.held is not bucket.mine:
                 bucket.mine.copy_(bucket.held)
-            works.append(all_gather(bucket.flat, bucket.mine, group=self.group, async_op=True))
+            works.append(dist.all_gather_single(bucket.flat, bucket.mine, group=self.group, async_op=True))
         for work in works:
             work.wait()
 
@@ -242,21 +263,37 @@ def share(tensors: list[Tensor]) -> None:
 
 def whole_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
     """The parameters that must not be cut: of groups that say "whole", and of optimizers not known to be elementwise."""
-    elementwise = isinstance(optimizer, ELEMENTWISE) or getattr(optimizer, "elementwise", False)
+    elementwise = type(optimizer) in ELEMENTWISE or getattr(optimizer, "elementwise", False)
     return {p for group in optimizer.param_groups if group.get("whole", not elementwise) for p in group["params"]}
 
 
 def fill_buckets(parameters: list[Tensor], whole: set[Tensor], world_size: int, bucket_bytes: int) -> list[list[Tensor]]:
-    """Parameters in the order in which backward reaches them, in buckets of about bucket_bytes, or of one whole one per rank."""
+    """Parameters in the order in which backward reaches them, in buckets of about bucket_bytes; of whole ones at least enough
+    for each rank to have one."""
     filling: dict[tuple, list[Tensor]] = {}
     full = []
     for p in reversed(parameters):
-        key = (p.dtype, p.device, p.shape if p in whole else None)
+        key = (p.dtype, p.device, p in whole)
         bucket = filling.setdefault(key, [])
         bucket.append(p)
-        if len(bucket) == world_size if p in whole else sum(q.nbytes for q in bucket) >= bucket_bytes:
+        enough = max(bucket_bytes, world_size * max(q.nbytes for q in bucket)) if p in whole else bucket_bytes
+        if sum(q.nbytes for q in bucket) >= enough:
             full.append(filling.pop(key))
     return [*full, *filling.values()]
+
+
+def lay_out(sizes: list[int], whole: bool, ranks: int, turn: int) -> tuple[int, list[int]]:
+    """(elements of a chunk, offset of each parameter): one behind the other, or whole ones each in the emptiest chunk so far.
+    turn: the rank that comes first, where chunks are equally full."""
+    if not whole:
+        return -(-sum(sizes) // ranks), [0, *accumulate(sizes)][:-1]
+    filled, place = [0] * ranks, {}
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        rank = min(range(ranks), key=lambda rank: (filled[rank], (rank - turn) % ranks))
+        place[index] = rank, filled[rank]
+        filled[rank] += sizes[index]
+    chunk = max(filled)     # all chunks are as long as the fullest
+    return chunk, [rank * chunk + start for rank, start in (place[index] for index in range(len(sizes)))]
 
 
 def train_pieces(optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Tensor]) -> None:

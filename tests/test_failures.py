@@ -20,9 +20,10 @@ from train import run_main
 
 def loss(model, batch):
     loss.calls += 1
-    if loss.calls == 4 and os.environ["RANK"] == os.environ["FAULTY"]:
+    when = loss.calls == 4 if sys.argv[3] != "evaluate" else not model.training
+    if when and os.environ["RANK"] == os.environ["FAULTY"]:
         fault = sys.argv[3]
-        if fault == "raise":
+        if fault in ("raise", "evaluate"):
             raise UsageError("sample 7 of rank " + os.environ["RANK"] + " is broken")
         if fault == "bug":
             raise ZeroDivisionError("a bug in the user's loss")
@@ -31,9 +32,10 @@ def loss(model, batch):
 loss.calls = 0
 
 def main():
-    args = arguments(sys.argv[1], strategy=sys.argv[2], max_steps=20, per_device_train_batch_size=2, ddp_timeout=int(sys.argv[4]))
-    with toy_run(args, model=gpt(), train_set=sequences(8)) as (run, loader, _):
-        train(run, loader, None, loss)
+    args = arguments(sys.argv[1], strategy=sys.argv[2], max_steps=20, per_device_train_batch_size=2, ddp_timeout=int(sys.argv[4]),
+                     ema_decay=0.5, eval_strategy="steps", eval_steps=5)
+    with toy_run(args, model=gpt(), train_set=sequences(8), eval_set=sequences(4)) as (run, loader, eval_loader):
+        train(run, loader, eval_loader, loss)
 run_main(main)
 """
 
@@ -53,13 +55,13 @@ def ends(process) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize("strategy, fault, faulty", [("ddp", "raise", 0), ("zero2", "raise", 1), ("fsdp", "bug", 1)])
+@pytest.mark.parametrize("strategy, fault, faulty", [("ddp", "raise", 0), ("zero2", "raise", 1), ("fsdp", "bug", 1), ("zero1", "evaluate", 1)])
 def test_a_rank_that_raises_ends_all_with_its_own_error(tmp_path, strategy, fault, faulty):
     processes = start(tmp_path, strategy, fault, faulty)
     code, said = ends(processes[faulty])
     other_code, other_said = ends(processes[1 - faulty])
-    message = f"sample 7 of rank {faulty} is broken" if fault == "raise" else "ZeroDivisionError: a bug in the user's loss"
-    assert message in said and code == (2 if fault == "raise" else 1)
+    message = f"sample 7 of rank {faulty} is broken" if fault in ("raise", "evaluate") else "ZeroDivisionError: a bug in the user's loss"
+    assert message in said and code == (1 if fault == "bug" else 2)
     assert "Traceback" not in other_said
     if faulty == 0:     # it kept the store in which ranks leave their last words; under torchrun the launcher does
         assert other_code == 6 and "rank 0 did not answer: dead (see its own message)" in other_said

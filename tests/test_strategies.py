@@ -1,16 +1,21 @@
 """ddp, zero1, zero2, fsdp and hsdp are the same training: the weights of one process, whatever is split."""
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
+from callbacks import Callback
 from data import Loader
-from distributed import initial_device, open_world, parallelize, set_seed, whole
+from distributed import build_on, open_world, parallelize, set_seed, whole
 from evalloop import evaluate, predict
 from loop import train, train_step
 from loss import compute_loss, cross_entropy
@@ -294,31 +299,67 @@ def test_evaluating_at_any_time_is_right_and_leaves_training_alone(ranks, tmp_pa
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-11)
 
 
-def from_meta(output_dir, world_size: int, strategy: str):
-    """Initial weights, and how many elements of them this rank holds."""
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors that were alive at one time of those made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu":     # a DTensor says the size of the whole
+                self.made[StorageWeakRef(t.untyped_storage())] = t.untyped_storage().nbytes()
+        self.made = {ref: size for ref, size in self.made.items() if not ref.expired()}
+        self.most = max(self.most, sum(self.made.values()))
+        return out
+
+
+def unlike(tied: bool) -> GPT:
+    """Its head is the embedding, or its blocks are initialised by what is no reset_parameters."""
+    model = GPT(VOCAB, LENGTH, n_layer=2, n_head=3, n_embd=18)
+    if tied:
+        model.head.weight = model.embed.weight
+    else:
+        model.meta_init = False
+        model.blocks.apply(lambda m: nn.init.normal_(m.weight, std=0.3) if isinstance(m, nn.Linear) else None)
+    return model
+
+
+def deep_gpt() -> GPT:
+    return GPT(VOCAB, LENGTH, n_layer=8, n_head=3, n_embd=18)
+
+
+BUILDERS = [deep_gpt, partial(unlike, True), partial(unlike, False)]
+
+
+def from_meta(output_dir, world_size: int, strategy: str, build):
+    """Initial weights, bytes of shards, most bytes that were alive while they were made, and whether the model came from the meta device."""
     args = settings(output_dir, world_size, strategy)
     with open_world(args) as world:
         set_seed(3)
-        with initial_device(args, world):
-            model = GPT(VOCAB, LENGTH, n_layer=2, n_head=3, n_embd=18)
-        assert all(p.is_meta for p in model.parameters())
-    with open_world(args) as world:
-        set_seed(3)
-        with initial_device(args, world):
-            model = GPT(VOCAB, LENGTH, n_layer=2, n_head=3, n_embd=18)
-        parallelize(model, args, world)
-        held = sum(part.numel() for part in (p.to_local() for p in model.parameters()))
-        return {name: whole(p).numpy() for name, p in model.named_parameters()}, held
+        model = build_on(world, build)
+        on_meta = all(p.is_meta for p in model.parameters())
+        with Alive() as alive:
+            parallelize(model, args, world)
+        held = sum(p.to_local().nbytes for p in model.parameters())
+        return {name: whole(p).numpy() for name, p in model.named_parameters()}, held, alive.most, on_meta
 
 
 @pytest.mark.parametrize("world_size, strategy", STRATEGIES[3:])
-def test_a_model_from_the_meta_device_starts_with_the_weights_of_one_process(ranks, tmp_path, world_size, strategy):
+@pytest.mark.parametrize("build", BUILDERS, ids=["plain", "tied", "own"])
+def test_a_sharded_model_starts_with_the_weights_of_one_process_and_no_rank_holds_it_whole(ranks, tmp_path, world_size, strategy, build):
     set_seed(3)
-    expected = GPT(VOCAB, LENGTH, n_layer=2, n_head=3, n_embd=18)
-    total = sum(p.numel() for p in expected.parameters())
-    for got, held in on_ranks(ranks, from_meta, tmp_path, world_size=world_size, strategy=strategy):
+    expected = build()
+    total = sum(p.nbytes for p in expected.parameters())
+    largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in expected.modules())
+    for got, held, most, on_meta in on_ranks(ranks, from_meta, tmp_path, world_size=world_size, strategy=strategy, build=build):
         assert all((got[name] == p.detach().numpy()).all() for name, p in expected.named_parameters())
-        assert held < total * 1.2 / (2 if strategy == "hsdp" else world_size)
+        assert on_meta == expected.meta_init
+        if build is deep_gpt:
+            assert held < total * 1.2 / (2 if strategy == "hsdp" else world_size)
+            assert most < held * 1.1 + 3 * largest < total      # its shards, and one module at a time
 
 
 def saved(output_dir, world_size: int, strategy: str, resume=None, max_steps: int = 4, **changes):
@@ -421,3 +462,163 @@ def test_a_transformers_model_with_tied_weights_trains_under_every_strategy(rank
     expected = finish(tmp_path / "one", 1, model=gpt2, loss_fn=hf_loss)
     for got in on_ranks(ranks, finish, tmp_path / "many", world_size=world_size, strategy=strategy, model=gpt2, loss_fn=hf_loss):
         close(got, expected)
+
+
+class TwoLayers(nn.Module):
+    """Two matrices of different shapes: with Adafactor two of four ranks have nothing to update."""
+
+    def __init__(self):
+        super().__init__()
+        set_seed(2)
+        self.a, self.b = nn.Linear(LENGTH, 6, bias=False), nn.Linear(6, VOCAB, bias=False)
+
+    def forward(self, ids, labels):
+        logits = self.b(self.a(ids.to(self.a.weight.dtype)))[:, None].expand(-1, LENGTH, -1)
+        return cross_entropy(logits, labels)
+
+
+def two_layers(dtype):
+    return TwoLayers().to(dtype)
+
+
+@pytest.mark.parametrize("world_size, strategy", [(4, "zero1"), (4, "zero2"), (4, "fsdp")])
+def test_a_rank_with_nothing_to_update_keeps_step_with_the_others_and_their_loss_scale(ranks, tmp_path, world_size, strategy):
+    changes = {"optim": "adafactor", "fp16": True, "model": two_layers, "dtype": torch.float32}
+    ddp = on_ranks(ranks, finish, tmp_path / "ddp", world_size=world_size, **changes)
+    for got in on_ranks(ranks, finish, tmp_path / "split", world_size=world_size, strategy=strategy, **changes):
+        close(got, ddp[0], None, 3e-2)
+
+
+def shares(output_dir, world_size: int, strategy: str, optim: str):
+    args = settings(output_dir, world_size, strategy, optim=optim)
+    model = GPT(VOCAB, LENGTH, n_layer=4, n_head=2, n_embd=32)
+    total = sum(p.numel() for p in model.parameters())
+    with toy_run(args, model=model) as (run, _, _):
+        buckets = sum(bucket.size for bucket in getattr(run.parallel, "buckets", []))
+        return sum(part.piece.numel() for part in run.parallel.parts) / total, buckets / total
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+@pytest.mark.parametrize("optim", ["muon", "adafactor"])
+def test_whole_matrices_are_spread_evenly_over_ranks(ranks, tmp_path, strategy, optim):
+    got = on_ranks(ranks, shares, tmp_path, world_size=4, strategy=strategy, optim=optim)
+    assert sum(share for share, _ in got) == pytest.approx(1)
+    assert all(0.15 < share < 0.35 for share, _ in got), got
+    assert all(size < 1.15 for _, size in got), got
+
+
+class Meddle(Callback):
+    """Runs forward and backward of its own between updates."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model(torch.zeros(1, LENGTH, dtype=torch.long), torch.zeros(1, LENGTH, dtype=torch.long)).backward()
+        model.zero_grad()
+
+    on_step_begin = on_train_begin
+
+
+def meddled(output_dir, world_size: int, strategy: str):
+    args = settings(output_dir, world_size, strategy, max_steps=4)
+    return train_and(args, weights, model=odd_gpt(), train_set=sequences(SAMPLES), callbacks=[Meddle()]), []
+
+
+@pytest.mark.parametrize("world_size, strategy", STRATEGIES)
+def test_a_backward_of_a_callback_does_not_touch_training(ranks, tmp_path, world_size, strategy):
+    expected = finish(tmp_path / "one", 1, max_steps=4)[0], []
+    for got in on_ranks(ranks, meddled, tmp_path / "many", world_size=world_size, strategy=strategy):
+        close(got, expected)
+
+
+class Normalised(torch.optim.AdamW):
+    """Looks at all of a gradient at once, though it comes from an optimizer that does not."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad /= p.grad.norm() + 1e-3
+        return super().step(closure)
+
+
+def with_normalised(output_dir, world_size: int, strategy: str):
+    args = settings(output_dir, world_size, strategy, max_steps=4)
+    return train_and(args, weights, model=odd_gpt(), train_set=sequences(SAMPLES),
+                     make_optimizer=lambda model, args: Normalised(model.parameters(), lr=1e-2)), []
+
+
+@pytest.mark.parametrize("world_size, strategy", STRATEGIES)
+def test_an_optimizer_that_is_not_known_gets_whole_parameters(ranks, tmp_path, world_size, strategy):
+    expected = with_normalised(tmp_path / "one", 1, "ddp")
+    for got in on_ranks(ranks, with_normalised, tmp_path / "many", world_size=world_size, strategy=strategy):
+        close(got, expected)
+
+
+class Unfreeze(Callback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.body.weight.requires_grad_(state.global_step > 0)
+
+
+def mistake(kind: str, dtype: torch.dtype = torch.float32):
+    model = Branches().to(dtype)
+    if kind == "scalar":
+        model.temperature = nn.Parameter(torch.tensor(1.0))
+    if kind == "empty":
+        model.nothing = nn.Parameter(torch.zeros(0, 3))
+    if kind == "sparse":
+        model.embed.sparse = True
+    if kind == "batchnorm":
+        model.norm = nn.BatchNorm1d(5)
+    if kind == "tied":
+        model.blocks = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        model.blocks[1].weight = model.blocks[0].weight
+    if kind == "unfreeze":
+        model.body.weight.requires_grad_(False)
+    return model
+
+
+def mistaken(output_dir, world_size: int, strategy: str, kind: str, **changes) -> str:
+    make = {"make_optimizer": lambda model, args: torch.optim.SGD(model.heads.parameters(), lr=0.1)} if kind == "held" else {}
+    try:
+        train_and(settings(output_dir, world_size, strategy, **changes), weights, model=mistake(kind), train_set=sequences(8),
+                  callbacks=[Unfreeze()] if kind == "unfreeze" else [], **make)
+    except UsageError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize("strategy, kind, said", [
+    ("fsdp", "scalar", "temperature is a single number. Use --strategy zero2"), ("fsdp", "empty", "nothing is empty"),
+    ("fsdp", "tied", "blocks.1.weight is tied to a weight of another block"), ("fsdp", "batchnorm", "norm is a BatchNorm"),
+    ("ddp", "sparse", "embed gives sparse gradients"), ("zero1", "held", "the optimizer trains 4 parameters, and not"),
+    ("ddp", "unfreeze", "body.weight did not require a gradient when training began"), ("fsdp", "unfreeze", "body.weight did not require")])
+def test_a_model_that_cannot_be_trained_is_refused_by_the_name_of_its_parameter(ranks, tmp_path, strategy, kind, said):
+    changes = {"bf16": True} if kind == "batchnorm" else {}
+    for message in on_ranks(ranks, mistaken, tmp_path, world_size=2, strategy=strategy, kind=kind, **changes):
+        assert said in message
+
+
+class Reentrant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer, self.out = nn.Embedding(VOCAB, 6), nn.Linear(6, 6), nn.Linear(6, VOCAB)
+
+    def forward(self, ids, labels):
+        x = self.embed(ids)
+        for _ in range(3):
+            x = torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True)
+        return cross_entropy(self.out(x), labels)
+
+
+def reentrant(dtype):
+    return Reentrant().to(dtype)
+
+
+def test_a_gradient_that_comes_in_pieces_is_refused_by_name(ranks, tmp_path):
+    for message in on_ranks(ranks, refused, tmp_path, world_size=2, strategy="zero2", model=reentrant):
+        assert "the gradient of layer." in message and "use_reentrant=False" in message
+
+
+def test_an_empty_parameter_is_saved_and_loaded(tmp_path):
+    for resume in (None, "True"):
+        args = settings(tmp_path, 1, save_strategy="steps", save_steps=1, max_steps=2 if resume else 1, resume_from_checkpoint=resume)
+        train_and(args, weights, model=mistake("empty"), train_set=sequences(24))

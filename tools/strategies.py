@@ -25,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from args import TrainArgs
 from callbacks import Callback
 from data import Blocks
-from distributed import find_units, initial_device, local_part, open_world, set_seed, whole
+from distributed import build_on, find_units, local_part, open_world, set_seed, whole
 from loop import train
 from loss import compute_loss
 from model import GPT
 from tests.ranks import Ranks
 
-BATCH, LENGTH = 8, 32
+BATCH, LENGTH, BUCKET_MB = 8, 32, 0.05
 BOUNDS = {"float64": 1e-11, "float32": 1e-5, "bf16": 3e-2, "fp16": 3e-2}
 MEMORY_SHARE, SENT_SHARE, GROWTH_SHARE = 0.05, 0.05, 0.15
 COLLECTIVES = {"all_reduce": 2, "allreduce_": 2, "_reduce_scatter_base_": 1, "_allgather_base_": 1, "alltoall_base_": 1}
@@ -72,6 +72,13 @@ class Watch(Callback):
 
     def __init__(self):
         self.held, self.sent, self.rss, self.buckets = {"weights": 0, "gradients": 0, "optimizer": 0}, Sent(), 0, []
+        self.peak = 0
+
+    def look_inside(self, model) -> None:
+        """Gradients at their peak: those of parameters, and whole and reduced buckets."""
+        tensors = [p.grad for p in model.parameters() if p.grad is not None]
+        tensors += [t for bucket in self.buckets for t in (bucket.grad, bucket.buffer, bucket.reduced) if t is not None]
+        self.peak = max(self.peak, storage_bytes(tensors))
 
     def look(self, model, optimizer) -> None:
         weights = [local_part(p)[0] for p in model.parameters()]
@@ -80,8 +87,7 @@ class Watch(Callback):
         gradients += [t for bucket in self.buckets for t in (bucket.grad, bucket.buffer) if t is not None]
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
         for name, tensors in (("weights", weights), ("gradients", gradients), ("optimizer", states)):
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-            self.held[name] = max(self.held[name], sum(storages.values()))
+            self.held[name] = max(self.held[name], storage_bytes(tensors))
         self.rss = max(self.rss, resident())
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -101,6 +107,10 @@ class Watch(Callback):
             self.sent.__exit__(None, None, None)
 
 
+def storage_bytes(tensors) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
 def resident() -> int:
     """Bytes of this process in memory."""
     with open("/proc/self/statm") as file:
@@ -111,27 +121,30 @@ def run_case(case: Case, updates: int, weights: bool) -> dict:
     from train import assemble
     args = TrainArgs(output_dir=tempfile.mkdtemp(), strategy=case.strategy, max_steps=updates, logging_steps=1, save_strategy="no",
                      per_device_train_batch_size=BATCH // case.world_size // case.accumulation, gradient_accumulation_steps=case.accumulation,
-                     learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.5, bf16=case.precision == "bf16",
+                     learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.5, ddp_bucket_cap_mb=25.0 if case.strategy in ("fsdp", "hsdp") else BUCKET_MB, bf16=case.precision == "bf16",
                      fp16=case.precision == "fp16", hsdp_shard_size=2 if case.strategy == "hsdp" else None, disable_tqdm=True)
     tokens = torch.randint(256, (100 * LENGTH + 1,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     data, watch = Blocks(tokens, torch.arange(0, 100 * LENGTH, LENGTH), LENGTH), Watch()
     before = resident()
     with open_world(args) as world:
         set_seed(0)
-        with initial_device(args, world):
-            model = GPT(256, LENGTH, case.n_layer, 4, case.n_embd)
+        model = build_on(world, lambda: GPT(256, LENGTH, case.n_layer, 4, case.n_embd))
         if case.precision == "float64":
             model = model.double()
         run, loader, _ = assemble(args, world, model, data, callbacks=[watch])
         run.callbacks.callbacks = [watch]
-        watch.buckets = getattr(run.model, "buckets", [])
+        if case.strategy in ("ddp", "zero1", "zero2") and world.world_size > 1:
+            watch.buckets = run.parallel.buckets
+            for p in model.parameters():        # after the trainer's own hooks: what is held in the middle of backward
+                p.register_post_accumulate_grad_hook(lambda _: watch.look_inside(model))
         train(run, loader, None, compute_loss)
         losses = [row["loss"] for row in run.state.log_history if "loss" in row]
         bare = run.model
         names = dict(bare.named_parameters()) if weights else {}
         units = [sum(math.prod(p.shape) for p in unit.parameters()) for unit in find_units(bare, None)]
         return {"losses": losses, "weights": {name: whole(p) for name, p in names.items()}, "held": watch.held, "sent": watch.sent.bytes,
-                "reductions": watch.sent.reductions, "grew": watch.rss - before, "units": units,
+                "reductions": watch.sent.reductions, "peak": watch.peak, "buckets": [bucket.size * 4 for bucket in watch.buckets],
+                "grew": watch.rss - before, "units": units,
                 "total": sum(math.prod(p.shape) for p in bare.parameters())}
 
 
@@ -177,9 +190,16 @@ def show(case: Case, results: dict[str, dict], expected: dict[str, dict]) -> boo
     for name, formula in held_formula(case).items():
         measured = got["held"][name] / size
         add(f"{measured:.3f} / {formula:.3f}", abs(measured - formula) <= MEMORY_SHARE * formula)
+    if got["buckets"]:      # in the middle of backward: beside what is held, three buckets on their way and what fills the next ones
+        formula = held_formula(case)["gradients"]
+        bound = (1 if case.accumulation > 1 or case.strategy == "ddp" else 0) if case.strategy != "zero2" else formula
+        bound = max(bound, formula) + 5 * max(got["buckets"]) / size
+        add(f"{got['peak'] / size:.3f} < {bound:.3f}", got["peak"] / size <= bound)
+    else:
+        add("-", True)
     theory, reductions = sent_formula(case, sum(got["units"]) / got["total"])
     add(f"{got['sent'] / size:.3f} / {theory:.3f}", abs(got["sent"] / size - theory) <= SENT_SHARE * theory)
-    buckets = len(got["units"]) + 1 if case.strategy in ("fsdp", "hsdp") else 1
+    buckets = len(got["units"]) + 1 if case.strategy in ("fsdp", "hsdp") else max(len(got["buckets"]), 1)
     if case.strategy == "hsdp":
         reductions += 1       # the all-reduce between the groups
     add(f"{got['reductions'] / buckets:g} / {reductions}", got["reductions"] == reductions * buckets)
@@ -194,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update({"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"} | ({} if torch.cuda.is_available() else {"GLOO_SOCKET_IFNAME": "lo"}))
     ranks, fine = Ranks(), True
     print("| strategy | ranks | accumulation | weights, float64 | loss, float32 | loss, bf16 | loss, fp16 | weights held | gradients held "
-          "| optimizer held | sent per update | reductions |\n" + "|---" * 12 + "|")
+          "| optimizer held | gradients at their peak | sent per update | reductions |\n" + "|---" * 13 + "|")
     for accumulation in (1, 2):
         expected = {precision: ranks.run(1, run_case, Case("ddp", 1, accumulation, precision), 6, True)[0] for precision in BOUNDS}
         for strategy, world_size in [(s, n) for n in (1, 2, 4) for s in ("ddp", "zero1", "zero2", "fsdp")] + [("hsdp", 4)]:
