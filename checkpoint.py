@@ -45,8 +45,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 def save_checkpoint(run: Run) -> str:
     """Writes `checkpoint-{global_step}` with all ranks, then removes the oldest beyond --save_total_limit. Returns its path.
 
-    Raises UsageError (exit code 5) on all ranks if any of them cannot write; older checkpoints are untouched then.
-    """
+    Raises UsageError (exit code 5) on all ranks if any of them cannot write; older checkpoints are untouched then."""
     output_dir, world = run.args.output_dir, run.world
     final = os.path.join(output_dir, f"checkpoint-{run.state.global_step}")
     tmp = os.path.join(output_dir, f"tmp-checkpoint-{run.state.global_step}")
@@ -220,8 +219,7 @@ def find_checkpoint(args, world: World) -> str | None:
     """What --resume_from_checkpoint means, the same on every rank: the path of a complete checkpoint, or None to start.
 
     Raises UsageError: exit code 2 if output_dir holds a run and no flag says what to do with it, 3 if there is nothing
-    to resume from.
-    """
+    to resume from."""
     wanted, output_dir = args.resume_from_checkpoint, args.output_dir
     choice, error = -1, None
     if world.is_main:
@@ -322,8 +320,7 @@ def load_checkpoint(run: Run, path: str) -> None:
     """Puts weights, optimizer, callbacks and this rank's random generators where the checkpoint left them.
 
     The flags given now stay as they are; what differs from the checkpoint's is printed. Raises UsageError (exit code 3)
-    if the tensors are not those of this run's model and optimizer.
-    """
+    if the tensors are not those of this run's model and optimizer."""
     load_model(run.model, path)
     run.parallel.adopt()
     stored = read_json(path, "state.json")

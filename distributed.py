@@ -109,8 +109,7 @@ def open_world(args) -> Iterator[World]:
     """The world that torchrun started, or one process; the process group is always destroyed at the end.
 
     An error on one rank ends all of them: those that lose touch with it raise a UsageError with its message, or, when nobody
-    knows, with the collective that failed and the ranks that are silent (exit code 6).
-    """
+    knows, with the collective that failed and the ranks that are silent (exit code 6)."""
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
     cuda = torch.cuda.is_available() and not args.use_cpu
     if cuda and local_rank >= torch.cuda.device_count():
@@ -131,17 +130,11 @@ def open_world(args) -> Iterator[World]:
     try:
         yield World(rank, local_rank, world_size, device, open_mesh(args, rank, world_size, device, timeout))
     except (Exception, KeyboardInterrupt) as error:
-        close_group()       # first, so that ranks that wait for this one notice
         told = explain(error, rank, world_size, store, args.ddp_timeout)
         if told is error:
             raise
         raise told from error
     finally:
-        close_group()
-
-
-def close_group() -> None:
-    if dist.is_initialized():
         dist.destroy_process_group()   # leaving gloo without this aborts one exit in ten
 
 
@@ -382,8 +375,7 @@ class FullySharded(Parallel):
 class Exchange:
     """Up to N sharded parameters of one shape on N ranks, each of which updates one of them as a whole (Muon, Adafactor).
 
-    An all-to-all brings each rank the shards of its parameter's gradient; after the update another brings the weights back.
-    """
+    An all-to-all brings each rank the shards of its parameter's gradient; after the update another brings the weights back."""
 
     def __init__(self, names: list[str], parameters: list[Tensor], group, turn: int):
         self.names, self.parameters, self.group, self.shape = names, parameters, group, parameters[0].shape
@@ -439,8 +431,7 @@ def check_shardable(model: nn.Module, units: list[nn.Module], args) -> None:
 def find_units(model: nn.Module, class_names: str | None) -> list[nn.Module]:
     """What FSDP gathers at a time: the modules of the classes named, or .blocks, or those a transformers model does not split.
 
-    Inner ones first, as fully_shard wants them; none: the whole model is one unit.
-    """
+    Inner ones first, as fully_shard wants them; none: the whole model is one unit."""
     if class_names is None and hasattr(model, "blocks"):
         return list(model.blocks)
     names = getattr(model, "_no_split_modules", None) or () if class_names is None else class_names.split(",")

@@ -55,8 +55,7 @@ class Parallel:
     """How the training of a model is spread over ranks. This one is for one process: nothing is sent or split.
 
     parts: what this rank's optimizer trains, in the order of the model's parameters. saves: whether these belong into a checkpoint,
-    which they do not if another rank holds the same. split: whether other ranks train other parts.
-    """
+    which they do not if another rank holds the same. split: whether other ranks train other parts."""
 
     def __init__(self, model: nn.Module, world: World, split: bool = False):
         self.model, self.world, self.split, self.saves = model, world, split, split or world.is_main
@@ -158,8 +157,7 @@ class Bucket:
 class DataParallel(Parallel):
     """ddp, zero1 and zero2. All ranks start from rank 0's weights.
 
-    find_unused: allow parameters that a loss does not use. One that no rank has used is left alone, as in one process.
-    """
+    find_unused: allow parameters that a loss does not use. One that no rank has used is left alone, as in one process."""
 
     def __init__(self, model: nn.Module, world: World, strategy: str, every_micro_batch: bool, bucket_bytes: int, find_unused: bool, offload: bool):
         super().__init__(model, world, split=strategy != "ddp")
