@@ -142,8 +142,9 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device, timeout: t
     """The grid of ranks that fsdp and hsdp shard over: hsdp shards among --hsdp_shard_size neighbours and replicates those."""
     size = args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if args.strategy == "hsdp" and (world_size % size or size in (1, world_size)):
-        raise UsageError(f"--strategy hsdp shards over --hsdp_shard_size={size} ranks (by default those of a host) and replicates that over "
-                         f"the others; {world_size} ranks are not at least 2 groups of at least 2: give a divisor, or use --strategy fsdp")
+        sizes = [str(n) for n in range(2, world_size // 2 + 1) if world_size % n == 0]
+        raise UsageError(f"--strategy hsdp splits {world_size} ranks into groups of --hsdp_shard_size={size} (by default all ranks of a host), and needs "
+                         f"at least 2 full groups of at least 2: {f'give {sizes[0]}, or' if sizes else ''} use --strategy fsdp")
     if args.strategy not in ("fsdp", "hsdp"):
         return None
     from torch.distributed.device_mesh import DeviceMesh
@@ -189,7 +190,7 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
     what = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} did not answer: dead (see its own message), stopped, or busy for longer " \
            f"than --ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \
            "only some ranks run, with fsdp also for blocks of the model"
-    return UsageError(f"rank {rank} lost touch in {name} ({line}): {what}. {str(error).splitlines()[0]}", 6)
+    return UsageError(f"rank {rank} lost touch in {name} ({line}): {what}. {str(error).splitlines()[0][:160]}", 6)
 
 
 def set_seed(seed: int) -> None:

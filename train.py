@@ -103,6 +103,8 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
 
     def count(loader: Loader | None) -> str:
         return "none" if loader is None else "unknown, a stream" if loader.num_samples is None else f"{loader.num_samples:,}"
+    if world.world_size == 1 and args.strategy != "ddp":
+        print0(world, f"note: --strategy {args.strategy} splits over ranks, and this is one process: torchrun starts more")
     print0(world, f"data: {about}\n"
            f"samples: {count(train_loader)} of {args.block_size} tokens, held out: {count(eval_loader)}\n"
            f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.world_size:,} samples = "

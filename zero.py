@@ -151,7 +151,7 @@ class Bucket:
         """Waits for the reduction and adds its result up over micro-batches."""
         self.work.wait()
         self.grad = self.reduced if self.grad is None else self.grad.add_(self.reduced)
-        self.arrived, self.buffer, self.work, self.reduced = set(), None, None, None
+        self.buffer = self.work = self.reduced = None
 
 
 class DataParallel(Parallel):
@@ -185,6 +185,8 @@ class DataParallel(Parallel):
     def grad_sync(self, last: bool) -> Iterator[None]:
         """Around one micro-batch. Reductions start while backward still runs, in the same order on every rank."""
         self.reducing, self.started, self.finished = last or self.every_micro_batch, 0, 0
+        for bucket in self.buckets:
+            bucket.arrived.clear()
         yield
         if self.reducing:
             self.reducing = False

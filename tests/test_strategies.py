@@ -258,7 +258,7 @@ def refused(output_dir, world_size: int, **changes) -> str:
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"strategy": "hsdp", "hsdp_shard_size": 3}, "--hsdp_shard_size=3 ranks"),
+    ({"strategy": "hsdp", "hsdp_shard_size": 3}, "groups of --hsdp_shard_size=3"),
     ({"strategy": "fsdp", "fsdp_transformer_layer_cls_to_wrap": "Blok"}, "no module of that class; it has Attention, Block"),
     ({"strategy": "zero1", "optim": "adagrad"}, "Adagrad makes its state before training, so it cannot")])
 def test_what_a_strategy_cannot_do_is_refused(ranks, tmp_path, changes, said):
