@@ -158,7 +158,7 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device, timeout: t
     return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
-ROLL_CALL_S = 5     # after a failure: how long ranks may take to say what they know
+ROLL_CALL_S = 3     # after a failure: how long ranks may take to say what they know
 
 
 def explain(error: BaseException, rank: int, world_size: int, store: dist.Store, timeout_s: float) -> BaseException:

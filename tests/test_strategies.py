@@ -119,8 +119,8 @@ def test_in_float32_the_weights_of_sgd_and_the_losses_of_adamw_are_those_of_one_
             close(got, one(**settings), tolerance, 1e-5)
 
 
-@pytest.mark.parametrize("optim", ["lion", "sgd", "muon", "adafactor"])
-@pytest.mark.parametrize("world_size, strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size, strategy, optim", [(n, s, optim) for n, s in STRATEGIES for optim in ("muon", "adafactor")] +
+                         [(3, "zero1", "lion"), (3, "fsdp", "lion"), (2, "zero2", "sgd"), (4, "hsdp", "sgd")])
 def test_every_optimizer_gets_the_weights_of_one_process(ranks, one, tmp_path, world_size, strategy, optim):
     """Elementwise ones are cut anywhere; Muon and Adafactor look at whole matrices."""
     settings = {"optim": optim, "learning_rate": 1e-3, "max_steps": 4}
@@ -153,9 +153,10 @@ def accumulating(strategy: str) -> dict:
 def test_activation_checkpointing_and_compilation_work_under_every_strategy(ranks, one, tmp_path, world_size, strategy):
     for got in on_ranks(ranks, finish, tmp_path / "a", world_size=world_size, strategy=strategy, **accumulating(strategy)):
         close(got, one())
-    for got in on_ranks(ranks, finish, tmp_path / "b", world_size=world_size, strategy=strategy, torch_compile=True, torch_compile_backend="aot_eager",
-                        max_steps=2):
-        close(got, one(max_steps=2))
+    if strategy in ("zero2", "fsdp"):      # slow to compile; one of each kind
+        for got in on_ranks(ranks, finish, tmp_path / "b", world_size=world_size, strategy=strategy, torch_compile=True,
+                            torch_compile_backend="aot_eager", max_steps=2):
+            close(got, one(max_steps=2))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
@@ -407,6 +408,8 @@ def test_any_strategy_goes_on_from_any_checkpoint(ranks, tmp_path, optim):
         whole_run[n, strategy] = on_ranks(ranks, saved, tmp_path / f"{n}{strategy}", world_size=n, strategy=strategy, optim=optim)
         cut[n, strategy] = tmp_path / f"{n}{strategy}" / "checkpoint-2"
     for i, source in enumerate(PORTS):
+        if optim == "muon" and i % 2 == 0:
+            continue
         before = None
         for target in (source, PORTS[(i + 1) % len(PORTS)], PORTS[(i + 3) % len(PORTS)]):
             name = f"{source}-{target}"
@@ -457,7 +460,7 @@ def hf_loss(model, batch):
     return cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"])
 
 
-@pytest.mark.parametrize("world_size, strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size, strategy", STRATEGIES[2:])
 def test_a_transformers_model_with_tied_weights_trains_under_every_strategy(ranks, tmp_path, world_size, strategy):
     expected = finish(tmp_path / "one", 1, model=gpt2, loss_fn=hf_loss)
     for got in on_ranks(ranks, finish, tmp_path / "many", world_size=world_size, strategy=strategy, model=gpt2, loss_fn=hf_loss):
