@@ -419,11 +419,13 @@ def load_optimizer(run: Run, path: str, stored: dict) -> None:
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     states: dict[Tensor, dict] = {}
     with PartFiles(path, "optimizer") as files:
-        names = files.found.keys() | files.numbers.keys()
-        if unknown := sorted({name.rpartition(".")[0] for name in names} - trained):
+        names: dict[str, list[str]] = {}     # of what was saved for each parameter
+        for name in sorted(files.found.keys() | files.numbers.keys()):
+            names.setdefault(name.rpartition(".")[0], []).append(name)
+        if unknown := sorted(names.keys() - trained):
             raise UsageError(f"{path} has optimizer state of parameters that this run does not train: {unknown[:10]}", 3)
         for part in held:
-            for name in sorted(n for n in names if n.rpartition(".")[0] == part.name):
+            for name in names.get(part.name, ()):
                 states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else \
                     files.read(name, part.start, part.piece, part.shape)
     packed = optimizer.state_dict()   # its groups hold the flags given now

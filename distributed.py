@@ -320,7 +320,9 @@ class FullySharded(Parallel):
         together = whole_parameters(optimizer)
         names = {p: name for name, p in self.trained.items()}
         self.shards = {name: nn.Parameter(local_part(p)[0]) for name, p in self.trained.items() if p not in together}
-        shapes = {p.shape: [q for q in names if q in together and q.shape == p.shape] for p in names if p in together}
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for p in filter(together.__contains__, names):
+            shapes.setdefault(p.shape, []).append(p)
         for same in shapes.values():
             for start in range(0, len(same), self.group.size()):
                 some = same[start:start + self.group.size()]
@@ -339,9 +341,7 @@ class FullySharded(Parallel):
         self.model.set_requires_all_reduce(last)       # hsdp: between the groups only once per window
         yield
         if last:
-            self.check_trained()
-            self.give_grads()
-            share(self.shared_buffers)
+            self.end_window()
 
     def give_grads(self) -> None:
         """Gives the pieces their gradients. A parameter that no rank has used has none, so it is left as it is."""

@@ -87,6 +87,12 @@ class Parallel:
             raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for itself; "
                              f"set requires_grad before, and freeze by a learning rate of 0")
 
+    def end_window(self) -> None:
+        """After the last micro-batch of a window, where there are several ranks."""
+        self.check_trained()
+        self.give_grads()
+        share(self.shared_buffers)
+
     def gather(self) -> None:
         """Has the model's weights follow the parts, when something other than optimizer.step has changed these; after evaluations too."""
 
@@ -198,9 +204,7 @@ class DataParallel(Parallel):
             for bucket in self.buckets[self.finished:]:
                 bucket.finish()
         if last:
-            self.check_trained()
-            self.give_grads()
-            share(self.shared_buffers)
+            self.end_window()
 
     def start_next(self) -> None:
         """Starts to reduce the next bucket, and waits for the one before the last, so that few are ever whole."""
@@ -242,7 +246,7 @@ class DataParallel(Parallel):
         """Brings all weights up to date with the pieces that the ranks have changed."""
         works = []
         for bucket in self.buckets if self.split else []:
-            if bucket.held is not bucket.mine:
+            if self.offload:
                 bucket.mine.copy_(bucket.held)
             works.append(dist.all_gather_single(bucket.flat, bucket.mine, group=self.group, async_op=True))
         for work in works:
@@ -250,9 +254,8 @@ class DataParallel(Parallel):
 
     def adopt(self) -> None:
         """Brings the pieces up to date with weights that were loaded."""
-        for bucket in self.buckets if self.split else []:
-            if bucket.held is not bucket.mine:
-                bucket.held.copy_(bucket.mine)
+        for bucket in self.buckets if self.offload else []:
+            bucket.held.copy_(bucket.mine)
 
 
 def share(tensors: list[Tensor]) -> None:
