@@ -12,14 +12,15 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from state import UsageError
 
 
-def arg(default, help: str, low: float | None = None, high: float | None = None):
-    """A field with its help text and, for numbers, the closed range of values that make sense."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+def arg(default, help: str, low: float | None = None, high: float | None = None, fixed: bool = False):
+    """A field with its help text and, for numbers, the closed range of values that make sense. fixed: a resumed run would go on as
+    another one with another value, so that is refused."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "fixed": fixed})
 
 
 @dataclasses.dataclass
@@ -30,8 +31,10 @@ class TrainArgs:
     output_dir: str = arg("trainer_output", "folder of the run: checkpoints and metrics.jsonl")
     resume_from_checkpoint: str | None = arg(None, "True: newest checkpoint in output_dir, which must exist; auto: newest if there is one,"
                                              " else start; or the path of a checkpoint")
-    seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1)
-    data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1)
+    allow_change: str | None = arg(None, "what may differ from the resumed run all the same, with commas: names of flags, or data")
+    seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1, fixed=True)
+    data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1, fixed=True)
+    max_time: str | None = arg(None, "HH:MM:SS after which the run saves and stops with exit code 75, in time for the save")
     full_determinism: bool = arg(False, "only deterministic kernels; an operation without one is an error")
     use_cpu: bool = arg(False, "train on the CPU even where there is an accelerator")
     # -- data
@@ -43,11 +46,11 @@ class TrainArgs:
     streaming: bool = arg(False, "read --dataset lazily, in its own order; needs --max_steps")
     dataloader_drop_last: bool = arg(False, "leave out the last incomplete round of micro-batches of an epoch")
     # -- model (model.py)
-    n_layer: int = arg(4, "transformer blocks", 1, 1000)
-    n_head: int = arg(4, "attention heads per block", 1, 1000)
-    n_embd: int = arg(128, "width of the model; a multiple of 2 * n_head", 1, 1_000_000)
-    block_size: int = arg(128, "tokens per training sample", 1, 100_000_000)
-    vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000)
+    n_layer: int = arg(4, "transformer blocks", 1, 1000, fixed=True)
+    n_head: int = arg(4, "attention heads per block", 1, 1000, fixed=True)
+    n_embd: int = arg(128, "width of the model; a multiple of 2 * n_head", 1, 1_000_000, fixed=True)
+    block_size: int = arg(128, "tokens per training sample", 1, 100_000_000, fixed=True)
+    vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000, fixed=True)
     dropout: float = arg(0.0, "probability of dropping an activation while training", 0, 0.999)
     sample_length: int = arg(300, "bytes the model writes when training ends (0: none)", 0, 1_000_000)
     # -- how long and how much at a time
@@ -106,9 +109,15 @@ class TrainArgs:
     eval_steps: float | None = arg(None, "updates between evaluations (default: logging_steps)", 0, 10**12)
     eval_delay: float = arg(0, "no evaluation before this many updates or epochs, by eval_strategy", 0, 10**12)
     eval_on_start: bool = arg(False, "evaluate once before training")
-    save_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to save; the last update is saved too, unless no")
+    metric_for_best_model: str | None = arg(None, "metric of evaluations by which the best update is known, such as loss (default with save_strategy best)")
+    greater_is_better: bool | None = arg(None, "whether more of it is better (default: unless its name ends in loss)")
+    save_strategy: Literal["no", "steps", "epoch", "best"] = arg("steps", "when to save; the last update is saved too, unless no")
     save_steps: float = arg(500, "updates between checkpoints; below 1: the ratio of all updates", 0, 10**12)
-    save_total_limit: int | None = arg(None, "checkpoints to keep, the newest ones (default: all)", 1, 10**9)
+    save_total_limit: int | None = arg(None, "checkpoints to keep, the newest ones and the best (default: all)", 1, 10**9)
+    save_only_model: bool = arg(False, "checkpoints of weights alone, which cannot be resumed from")
+    save_async: bool = arg(False, "train on while a checkpoint is written from a copy in memory")
+    save_errors: Literal["stop", "continue"] = arg("stop", "what to do when a save fails: stop, or train on and try again at the next one")
+    save_on_each_node: bool = arg(False, "every host writes whole checkpoints into an output_dir of its own")
     disable_tqdm: bool | None = arg(None, "no progress bar (default: none where stderr is not a terminal)")
 
     def __post_init__(self):
@@ -141,7 +150,7 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
     "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "include_tokens_per_second": "tokens_per_second is in every log",
     "report_to": "metrics.jsonl is the history; a callback's on_log can send it on", "save_safetensors": "checkpoints are always safetensors",
-    "load_best_model_at_end metric_for_best_model greater_is_better": "metrics.jsonl tells which checkpoint was best",
+    "load_best_model_at_end": "status.json and metrics.jsonl tell which checkpoint was best",
     "include_inputs_for_metrics": "compute_metrics is a function of yours", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
     "half_precision_backend fp16_backend": "PyTorch's own is used", "tpu_num_cores": "there is no TPU support",
     "use_mps_device jit_mode_eval past_index mp_parameters use_ipex torchdynamo ray_scope fp16_opt_level": "it has no successor",
@@ -282,7 +291,26 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
                         ("ddp_bucket_cap_mb", a.ddp_bucket_cap_mb == 25.0 or not split),
                         ("ddp_find_unused_parameters", a.ddp_find_unused_parameters or not split)):
         need(f"{name} strategy", value, f"--{name} does nothing with --strategy {a.strategy}: leave it away")
+    need("save_strategy eval_strategy", a.save_strategy != "best" or a.eval_strategy != "no",
+         "--save_strategy best needs evaluations to compare: give --eval_strategy steps or epoch")
+    need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
+         f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
+    fixed = [f.name for f in dataclasses.fields(a) if f.metadata["fixed"]]
+    for name in filter(None, (a.allow_change or "").split(",")):
+        need("allow_change", name in (*fixed, "data"), f"allow_change={name}: expected names out of {', '.join(fixed)}, data; other flags may always change")
     for name in ("torch_compile_backend", "torch_compile_mode"):
         need(f"{name} torch_compile", a.torch_compile or getattr(a, name) is None, f"--{name} needs --torch_compile")
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def seconds(hours: str) -> int:
+    """"HH:MM:SS" in seconds."""
+    h, m, s = map(int, hours.split(":"))
+    return h * 3600 + m * 60 + s
+
+
+def changed_args(saved: dict, args: TrainArgs) -> list[tuple[str, Any, Any, bool]]:
+    """(flag, saved value, value now, whether it should not have changed) of each setting that another start was given."""
+    return [(f.name, saved.get(f.name), getattr(args, f.name), f.metadata["fixed"]) for f in dataclasses.fields(args)
+            if saved.get(f.name) != getattr(args, f.name) and f.name not in ("output_dir", "resume_from_checkpoint", "allow_change", "disable_tqdm")]

@@ -5,6 +5,7 @@ if the arguments it reads exist here.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from state import Run
+from state import Run, UsageError
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Control:
     should_save: bool = False
     should_evaluate: bool = False
     should_log: bool = False
-    stop_signal: int = 0      # a signal some rank caught: save, then leave
+    stop_code: int = 0        # save, then leave with this exit code: some rank caught a signal (128 + n), or time is up (75)
 
 
 FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
@@ -53,7 +54,8 @@ class Callbacks:
     def __init__(self, callbacks: list):
         self.callbacks, self.control = list(callbacks), Control()
         self.dataloaders: dict = {"train_dataloader": None, "eval_dataloader": None}
-        self.caught_signal = 0   # by this rank, not yet agreed
+        self.stop_code = 0       # what this rank asks for, not yet agreed
+        self.unwritten: list[str] = []      # rows that did not get onto a full disk (--save_errors continue)
 
     def fire(self, event: str, run: Run, **kwargs) -> None:
         """Calls `event` on every callback, then agrees on the flags over ranks: a flag set on any rank is set on all."""
@@ -66,20 +68,39 @@ class Callbacks:
                                  lr_scheduler=run.schedule, processing_class=None, **self.dataloaders, **kwargs)
                 vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
         if event in AGREED_AFTER:
-            *flags, self.control.stop_signal = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.caught_signal)
+            *flags, self.control.stop_code = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.stop_code)
             for flag, value in zip(FLAGS, flags):
                 setattr(self.control, flag, bool(value))
 
     def log(self, run: Run, logs: dict) -> None:
-        """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank. The row is one
-        write, so a reader sees it whole; NaN and Infinity are written as Python's json does."""
+        """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank. Rows are whole, or not
+        there; NaN and Infinity are written as Python's json does."""
         logs["epoch"] = run.state.epoch
-        with run.world.writing(run.state.log_path):
+        self.unwritten += [json.dumps({**logs, "step": run.state.global_step}) + "\n"] if run.world.is_main else []
+        try:
+            with run.world.writing(run.state.log_path):
+                self.write_rows(run)
+        except UsageError as error:
+            if run.args.save_errors == "stop":
+                raise
             if run.world.is_main:
-                with open(run.state.log_path, "a") as file:
-                    file.write(json.dumps({**logs, "step": run.state.global_step}) + "\n")
-                run.state.log_bytes = os.path.getsize(run.state.log_path)
+                print(f"warning: {error}; the row waits for the next one (--save_errors continue)", file=sys.stderr)
         self.fire("on_log", run, logs=logs)
+
+    def write_rows(self, run: Run) -> None:
+        """Appends the rows that wait, and takes back what a full disk took only in part."""
+        if self.unwritten:
+            try:
+                with open(run.state.log_path, "r+b") as file:
+                    file.seek(run.state.log_bytes)
+                    file.write("".join(self.unwritten).encode())
+                    file.flush()
+                    run.state.log_bytes = file.tell()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(run.state.log_path, run.state.log_bytes)
+                raise
+            self.unwritten.clear()
 
     def open_log(self, run: Run) -> None:
         """Cuts metrics.jsonl to the length it had at the checkpoint: rows logged after it will be logged again. A run that
@@ -111,8 +132,8 @@ class Callbacks:
                 print(f"warning: the checkpoint holds the state of a callback {name} that this run does not have", file=sys.stderr)
                 continue
             waiting.remove(match)
-            for key, value in state["attributes"].items():
-                setattr(match, key, value)
+            for key in match.state()["attributes"].keys() & state["attributes"].keys():
+                setattr(match, key, state["attributes"][key])
 
 
 class ProgressCallback(Callback):

@@ -8,77 +8,242 @@
     rng-R.json             random number generators of rank R: python, numpy, torch, cuda
     state.json             TrainState, callbacks, loss scale, the state of a plateau schedule, and the world size that wrote it
     args.json              the run's arguments
-    manifest.json          written last: size and SHA-256 of every other file
+    manifest.json          written last: versions, size and SHA-256 of every other file, and the SHA-256 of this list itself
 
-A checkpoint is written as `tmp-checkpoint-N` and renamed once, after all ranks are done. No file is ever unpickled. Any
-strategy on any number of ranks can go on from it: each rank reads the ranges that it holds.
+Ranks write at the same time, each what it holds: its optimizer state into a file of its own, its shards of the weights to their
+places in files that all share. So nobody ever holds more than its part, and any strategy on any number of ranks can go on from
+it: each rank reads the ranges that it holds. The folder is `tmp-checkpoint-N` until everything is on the disk, and then renamed
+once. Nothing is ever unpickled, and no name in a file is followed out of the folder.
+
+Beside the checkpoints, output_dir has metrics.jsonl (callbacks.py), status.json, which says how the run is or how it ended, and
+.lock, which a run holds while it lives.
 """
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import socket
+import stat
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distributed import World, local_part, rng_state, set_rng_state, set_seed, whole
+from args import changed_args
+from distributed import World, local_part, rng_state, set_rng_state, set_seed
 from schedules import Plateau
 from state import Run, TrainState, UsageError
 from zero import Part
 
-FORMAT = 2     # of the folder, in its manifest
+FORMAT = 3     # of the folder, in its manifest
 MAX_FILE_BYTES = 5 * 10**9      # of weights in one file
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+MAX_JSON_BYTES = 2**26          # of a text, or the header of a file of tensors, that will be parsed
+CHUNK_BYTES = 2**24             # that are written, hashed or read at a time
+LOCK_WAIT_S = 5                 # for a run that was killed a moment ago to be gone
+CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
+RANGE = re.compile(r"(.*?)(?:\[(\d{1,15}):(\d{1,15})\])?", re.DOTALL)
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+          "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool}     # safetensors' names
 
 
 # ---------------------------------------------------------------------------------------------------- save
 
-def save_checkpoint(run: Run) -> str:
-    """Writes `checkpoint-{global_step}` with all ranks, then removes the oldest beyond --save_total_limit. Returns its path.
+class Saver:
+    """Saves a run, one checkpoint at a time: while training waits, or with --save_async on a thread, from a copy that is made in
+    the same buffers each time. All ranks call each method at the same update.
 
-    Raises UsageError (exit code 5) on all ranks if any of them cannot write; older checkpoints are untouched then."""
-    output_dir, world = run.args.output_dir, run.world
-    final = os.path.join(output_dir, f"checkpoint-{run.state.global_step}")
-    tmp = os.path.join(output_dir, f"tmp-checkpoint-{run.state.global_step}")
-    with world.writing(tmp):
-        if world.is_main:
-            shutil.rmtree(tmp, ignore_errors=True)
-            os.makedirs(tmp)
-    write_model(tmp, run.model, world)
-    with world.writing(tmp):
-        write_json(tmp, f"rng-{world.rank}.json", rng_state())
-        if run.parallel.saves:
-            write_tensors(tmp, f"optimizer-{world.rank}.safetensors", *optimizer_state(run.parallel.parts, run.optimizer))
-            if run.ema is not None:
-                write_tensors(tmp, f"ema-{world.rank}.safetensors", dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
-        if world.is_main:
-            write_json(tmp, "args.json", run.args.to_dict())
-            # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
-            optimizer = {"class": type(run.optimizer).__name__, "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
-            write_json(tmp, "state.json", {"state": run.state.to_dict(), "optimizer": optimizer, "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
-                                           "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {},
-                                           "world_size": world.world_size, "torch": torch.__version__})
-    with world.writing(tmp):
-        if world.is_main:
-            write_json(tmp, "manifest.json", {"format": FORMAT, "files": describe_files(tmp)})
-            sync(tmp)
-            if replaced := os.path.exists(final):   # saved twice at one update: `prepare_output_dir` puts it back after a crash here
-                os.rename(final, os.path.join(output_dir, f"replaced-checkpoint-{run.state.global_step}"))
-            os.rename(tmp, final)
-            sync(output_dir)
-            if replaced:
-                shutil.rmtree(os.path.join(output_dir, f"replaced-checkpoint-{run.state.global_step}"))
-            rotate(output_dir, run.args.save_total_limit)
-    return final
+    A save has stages, in which a rank reads and writes by itself; between them all agree that nobody failed. A failure removes what
+    was written and touches no older checkpoint. It raises UsageError (exit code 5) on all ranks, or with --save_errors continue
+    is a warning, unless it is the `last` save."""
+
+    def __init__(self, run: Run):
+        self.run, self.copies = run, {}
+        self.saved_step = run.state.global_step or None     # newest complete checkpoint; a resumed run starts at one
+        self.step: int | None = None        # the one that is being written, and what is left to do for it
+        self.stages: list[Callable[[], None]] = []
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.began = self.seconds = 0.0     # seconds: from the start of the last save to its end
+
+    def save(self, last: bool = False) -> None:
+        """Saves this update. With --save_async it returns when training may go on, and `poll` does the rest."""
+        self.finish(last)
+        run, args, world, step = self.run, self.run.args, self.run.world, self.run.state.global_step
+        if self.saved_step == step:
+            return
+        self.step, self.began = step, time.monotonic()
+        self.tmp = os.path.join(args.output_dir, f"tmp-checkpoint-{step}")
+        with self.tolerating(last):
+            files = plan_weights(run)
+            with world.writing(self.tmp):
+                if world.is_main:
+                    run.callbacks.write_rows(run)       # a checkpoint must not know rows that a power cut could take
+                    sync(run.state.log_path)
+                if world.writes:
+                    shutil.rmtree(self.tmp, ignore_errors=True)
+                    os.mkdir(self.tmp)
+                    for name, plan in files.items():
+                        if plan.shared:
+                            create_file(os.path.join(self.tmp, name), plan)
+            files |= plan_rest(run)
+            if args.save_async:
+                files = {name: plan._replace(tensors=[(key, at, self.copy(name, key, tensor)) for key, at, tensor in plan.tensors])
+                         for name, plan in files.items()}
+                if world.device.type == "cuda":
+                    torch.cuda.synchronize()
+            self.described: dict[str, dict] = {}
+            self.stages = [lambda: self.write(files), lambda: self.describe_shared(files)]
+            self.next_stage()
+        if not args.save_async:
+            self.finish(last)
+
+    def poll(self) -> None:
+        """Takes a background save further as soon as all ranks are through with a stage of it."""
+        if self.step is not None and not self.run.world.max(int(self.thread.is_alive()))[0]:
+            self.advance()
+
+    def finish(self, last: bool = False) -> None:
+        """Waits until the save that is under way, if there is one, is complete."""
+        while self.step is not None:
+            self.advance(last)
+
+    def advance(self, last: bool = False) -> None:
+        with self.tolerating(last):
+            if self.thread is not None:
+                self.thread.join()
+            error, self.error = self.error, None
+            self.run.world.raise_together(self.explain(error))
+            if self.stages:
+                self.next_stage()
+            else:
+                self.commit()
+
+    def next_stage(self) -> None:
+        stage = self.stages.pop(0)
+
+        def attempt() -> None:
+            try:
+                stage()
+            except Exception as error:      # noqa: BLE001  on a thread it would be lost
+                self.error = error
+        if self.run.args.save_async:
+            self.thread = threading.Thread(target=attempt, daemon=True)
+            self.thread.start()
+        else:
+            attempt()
+
+    def write(self, files: dict[str, FilePlan]) -> None:
+        self.needed = sum(plan.size for plan in files.values())
+        for name, plan in files.items():
+            described = write_file(os.path.join(self.tmp, name), plan)
+            if not plan.shared:
+                self.described[name] = described
+
+    def describe_shared(self, files: dict[str, FilePlan]) -> None:
+        """What several ranks have written is hashed by one, when all are done."""
+        if self.run.world.writes:
+            self.described |= {name: describe_file(os.path.join(self.tmp, name)) for name, plan in files.items() if plan.shared}
+
+    def commit(self) -> None:
+        """The folder gets its manifest and its name; then older ones may go."""
+        run, args, world = self.run, self.run.args, self.run.world
+        described = world.gather_json([world.node, self.described])
+        final, replaced = (os.path.join(args.output_dir, f"{prefix}checkpoint-{self.step}") for prefix in ("", "replaced-"))
+        with world.writing(self.tmp):
+            if world.writes:
+                manifest = {"format": FORMAT, "step": self.step, "only_model": args.save_only_model, "torch": torch.__version__,
+                            "python": platform.python_version(),
+                            "files": {name: entry for node, files in described for name, entry in sorted(files.items())
+                                      if node == world.node or not args.save_on_each_node}}
+                write_file(os.path.join(self.tmp, "manifest.json"), plan_json(manifest | {"sha256": checksum(manifest)}))
+                sync(self.tmp)
+                if os.path.lexists(final):      # `prepare_output_dir` puts it back after a crash here
+                    os.rename(final, replaced)
+                os.rename(self.tmp, final)
+                sync(args.output_dir)
+                if os.path.lexists(replaced):
+                    remove(replaced)
+                rotate(args.output_dir, args.save_total_limit, {self.step, run.state.best_global_step})
+        self.saved_step, self.step, self.seconds = self.step, None, time.monotonic() - self.began
+        run.callbacks.fire("on_save", run)
+
+    def copy(self, file: str, key: str, tensor: Tensor) -> Tensor:
+        held = self.copies.get((file, key))
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = self.copies[file, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        return held.copy_(tensor, non_blocking=True)
+
+    def explain(self, error: Exception | None) -> Exception | None:
+        if not isinstance(error, OSError):
+            return error
+        full = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            full = f" (this rank writes {self.needed:,} bytes, and {shutil.disk_usage(self.run.args.output_dir).free:,} are free)"
+        return UsageError(f"cannot write {self.tmp}: {error}{full}; older checkpoints are as they were. Free space or permissions there, "
+                          f"then resume", 5)
+
+    @contextlib.contextmanager
+    def tolerating(self, last: bool) -> Iterator[None]:
+        try:
+            yield
+        except UsageError as error:
+            if error.exit_code != 5:
+                raise
+            if self.run.world.writes:
+                shutil.rmtree(self.tmp, ignore_errors=True)
+            self.step, self.stages = None, []
+            if last or self.run.args.save_errors == "stop":
+                raise
+            if self.run.world.is_main:
+                print(f"warning: {error}; training goes on, and the next save is another try (--save_errors continue)", file=sys.stderr)
+
+
+class FilePlan(NamedTuple):
+    """A file that is to be written: a header, or a whole text, and tensors behind it."""
+
+    header: bytes
+    size: int                                   # of the whole file
+    tensors: list[tuple[str, int, Tensor]]      # this rank's: key, position in the file, elements; in the order of positions
+    shared: bool = False                        # other ranks write into it too; the header is written by one, before
+
+
+def plan_json(content: dict) -> FilePlan:
+    text = json.dumps(content, indent=1).encode()
+    return FilePlan(text, len(text), [])
+
+
+def plan_tensors(whole: dict[str, tuple[torch.dtype, torch.Size]], mine: dict[str, tuple[Tensor, int]], shared: bool = False, **metadata: str) -> FilePlan:
+    """A file in the safetensors format. whole: type and shape of every tensor in it. mine: what this rank has of them, and
+    from which element on."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for key, (dtype, shape) in sorted(whole.items(), key=lambda item: (-item[1][0].itemsize, item[0])):    # keeps each one aligned
+        name = next((name for name, known in DTYPES.items() if known == dtype), None)
+        if name is None:
+            raise UsageError(f"{key} is a tensor of {dtype}, which the safetensors format does not have: use --save_strategy no, or another type")
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    places = [(key, data + header[key]["data_offsets"][0] + first * tensor.dtype.itemsize, tensor.detach()) for key, (tensor, first) in mine.items()]
+    return FilePlan(len(text).to_bytes(8, "little") + text, data + end, sorted(places, key=lambda place: place[1]), shared)
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -92,35 +257,55 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def write_model(folder: str, model: nn.Module, world: World) -> None:
-    """Rank 0 writes the weights, file by file; all ranks help to gather them, so all call this."""
-    files: list[list[str]] = [[]]
-    weights, size = model_weights(model), 0
-    for name, tensor in weights.items():
-        if files[-1] and size + tensor.nbytes > MAX_FILE_BYTES:
-            files.append([])
+def plan_weights(run: Run) -> dict[str, FilePlan]:
+    files: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in model_weights(run.model).items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if files[-1] and size + nbytes > MAX_FILE_BYTES:
+            files.append({})
             size = 0
-        files[-1].append(name)
-        size += tensor.nbytes
+        files[-1][name] = tensor
+        size, total = size + nbytes, total + nbytes
     names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else ["model.safetensors"]
-    for file, content in zip(names, files):
-        tensors = {}
-        for name in content:
-            tensor = whole(weights[name])
-            if world.is_main:
-                tensors[name] = tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()    # clone: weights may share a buffer
-        with world.writing(folder):
-            if world.is_main:
-                write_tensors(folder, file, tensors)
-    with world.writing(folder):
-        if world.is_main and len(files) > 1:
-            write_json(folder, "model.safetensors.index.json", {"metadata": {"total_size": sum(t.nbytes for t in weights.values())},
-                                                                "weight_map": {name: file for file, content in zip(names, files) for name in content}})
+    plans = {}
+    for name, weights in zip(names, files):
+        sharded = {key for key, tensor in weights.items() if hasattr(tensor, "to_local")}
+        mine = {key: local_part(tensor) for key, tensor in weights.items() if (run.parallel.saves if key in sharded else run.world.writes)}
+        if sharded or run.world.writes:
+            plans[name] = plan_tensors({key: (tensor.dtype, tensor.shape) for key, tensor in weights.items()}, mine, bool(sharded))
+    if len(files) > 1 and run.world.writes:
+        plans["model.safetensors.index.json"] = plan_json({"metadata": {"total_size": total}, "weight_map": {
+            key: name for name, weights in zip(names, files) for key in weights}})
+    return plans
+
+
+def plan_rest(run: Run) -> dict[str, FilePlan]:
+    """Everything but the weights, of this rank."""
+    args, world, files = run.args, run.world, {}
+    if not args.save_only_model:
+        files[f"rng-{world.rank}.json"] = plan_json(rng_state())
+        if run.parallel.saves:
+            tensors, numbers = optimizer_state(run.parallel.parts, run.optimizer)
+            files[f"optimizer-{world.rank}.safetensors"] = plan_alone(tensors, numbers=json.dumps(numbers))
+    if run.ema is not None and run.parallel.saves:
+        files[f"ema-{world.rank}.safetensors"] = plan_alone(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
+    if world.writes:
+        files["args.json"] = plan_json(args.to_dict())
+        # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
+        optimizer = {"class": type(run.optimizer).__name__, "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
+        files["state.json"] = plan_json({"state": run.state.to_dict(), "optimizer": optimizer, "callbacks": run.callbacks.states(),
+                                         "scaler": run.precision.state_dict(), "world_size": world.world_size,
+                                         "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {}})
+    return files
+
+
+def plan_alone(tensors: dict[str, Tensor], **metadata: str) -> FilePlan:
+    return plan_tensors({key: (t.dtype, t.shape) for key, t in tensors.items()}, {key: (t, 0) for key, t in tensors.items()}, **metadata)
 
 
 def name_part(part: Part, name: str, value: Tensor) -> tuple[str, Tensor]:
     """How a tensor that belongs to a part is saved: as it is if the part is a whole parameter, else flat and with its range."""
-    value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return (name, value) if part.is_whole else (f"{name}[{part.start}:{part.start + value.numel()}]", value.flatten())
 
 
@@ -131,38 +316,58 @@ def optimizer_state(held: list[Part], optimizer: torch.optim.Optimizer) -> tuple
         for key, value in optimizer.state.get(part.piece, {}).items():
             name = f"{part.name}.{key}"
             if isinstance(value, Tensor):
-                name, value = name_part(part, name, value) if value.shape == part.piece.shape else (name, value.detach().cpu().clone())
+                name, value = name_part(part, name, value) if value.shape == part.piece.shape else (name, value)
                 tensors[name] = value
             elif value is None or isinstance(value, (int, float)):
                 numbers[name] = value
             else:
                 raise UsageError(f"the optimizer state {key!r} of {part.name} is a {type(value).__name__}, which only pickle could save: "
-                                 f"use --save_strategy no, or another optimizer", 5)
+                                 f"use --save_strategy no, or another optimizer")
     return tensors, numbers
 
 
-def write_tensors(folder: str, name: str, tensors: dict[str, Tensor], numbers: dict | None = None) -> None:
-    """One file of tensors; `numbers` go into its header, which has no fixed order, so it holds one thing."""
-    path = os.path.join(folder, name)
+def create_file(path: str, plan: FilePlan) -> None:
+    with opened_to_write(path, os.O_CREAT | os.O_EXCL) as descriptor:
+        write_at(descriptor, memoryview(plan.header), 0)
+        os.truncate(descriptor, plan.size)
+
+
+def write_file(path: str, plan: FilePlan) -> dict:
+    """Writes a file, or this rank's tensors into a shared one, and forces it to the disk. Returns its size and SHA-256, which
+    is worked out beside the writing; of a shared one it means nothing."""
+    digest = hashlib.sha256()
+    with opened_to_write(path, 0 if plan.shared else os.O_CREAT | os.O_EXCL) as descriptor, ThreadPoolExecutor(1) as beside:
+        parts = [] if plan.shared else [(0, memoryview(plan.header))]
+        for position, data in (*parts, *((at, tensor) for _, at, tensor in plan.tensors)):
+            data = as_bytes(data) if isinstance(data, Tensor) else data
+            for start in range(0, len(data), CHUNK_BYTES):
+                chunk = data[start:start + CHUNK_BYTES]
+                hashing = None if plan.shared else beside.submit(digest.update, chunk)      # lets go of the interpreter lock
+                write_at(descriptor, chunk, position + start)
+                if hashing is not None:
+                    hashing.result()
+        os.fsync(descriptor)
+    return {"bytes": plan.size, "sha256": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def opened_to_write(path: str, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, os.O_WRONLY | flags, 0o666)
     try:
-        save_file({key: t.contiguous() for key, t in tensors.items()}, path, metadata={"format": "pt"} if numbers is None else {"numbers": json.dumps(numbers)})
-    except SafetensorError as error:   # a full disk, among others
-        raise OSError(str(error)) from None
-    os.chmod(path, 0o666 & ~current_umask())   # safetensors makes it readable by its owner alone
-    sync(path)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def write_json(folder: str, name: str, content: dict) -> None:
-    path = os.path.join(folder, name)
-    with open(path, "w") as file:
-        json.dump(content, file, indent=1)
-    sync(path)
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor, which is copied only if it is not on the CPU or not contiguous."""
+    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def write_at(descriptor: int, data: memoryview, position: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data, position)
+        data, position = data[written:], position + written
 
 
 def sync(path: str) -> None:
@@ -174,100 +379,147 @@ def sync(path: str) -> None:
         os.close(descriptor)
 
 
-def describe_files(folder: str) -> dict[str, dict]:
-    files = {}
-    for name in sorted(os.listdir(folder)):
-        with open(os.path.join(folder, name), "rb") as file:
-            files[name] = {"bytes": os.path.getsize(file.name), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    return files
+def describe_file(path: str) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def rotate(output_dir: str, limit: int | None) -> None:
-    """Keeps the newest `limit` checkpoints. The others lose their name before their files, so that none is ever half there."""
-    for step in list_checkpoints(output_dir)[limit or sys.maxsize:]:
+def checksum(manifest: dict) -> str:
+    """Of everything in a manifest but this."""
+    return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
+
+
+def rotate(output_dir: str, limit: int | None, protected: set[int]) -> None:
+    """Removes the oldest checkpoints until `limit` are left, but none of the protected ones, the newest and the best. They lose
+    their name before their files, so that none is ever half there."""
+    steps = list_checkpoints(output_dir)
+    excess = max(0, len(steps) - (limit or sys.maxsize))
+    for step in [step for step in reversed(steps) if step not in protected][:excess]:
         doomed = os.path.join(output_dir, f"tmp-deleted-checkpoint-{step}")
         os.rename(os.path.join(output_dir, f"checkpoint-{step}"), doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)
+
+
+def remove(path: str) -> None:
+    """Removes a folder, or a link but not what it points to."""
+    if os.path.islink(path):
+        os.unlink(path)
+    else:
+        shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------------------------------------- find
 
-def prepare_output_dir(output_dir: str) -> None:
-    """Makes the folder and shows that it can be written, before any work is done. Called on rank 0."""
-    probe = os.path.join(output_dir, ".probe")
+def find_checkpoint(args, world: World) -> str | None:
+    """What --resume_from_checkpoint means, the same on every rank: the path of a checkpoint that is as it was saved, or None to
+    start. Under torchrun, a start after a failure goes on by itself, whatever the flag says. Takes the lock of output_dir.
+
+    Raises UsageError: exit code 2 if output_dir is in use, or holds a run and no flag says what to do with it, 3 if there is
+    nothing to resume from. A damaged checkpoint that an older one is used for is renamed, so that the name keeps its meaning."""
+    wanted, output_dir = args.resume_from_checkpoint, args.output_dir
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    candidates, timed_out, error = [], 0, None
+    try:
+        if world.writes:
+            prepare_output_dir(output_dir, world.on_exit)
+        if world.is_main:
+            candidates = list_candidates(wanted, output_dir, restarted)
+            timed_out = restarted and read_status(output_dir).get("exit") == 75
+    except UsageError as failure:
+        error = failure
+    world.raise_together(error)
+    world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
+    if world.max(int(timed_out))[0]:
+        raise SystemExit(75)        # --max_time is for the job, and torchrun would start it over and over
+    damaged = []
+    candidates = world.gather_json(candidates)[0]
+    for path in candidates:
+        problem, is_damaged = find_damage(path, world, args.save_on_each_node)
+        if problem is None:
+            for old in damaged if world.writes else []:
+                os.rename(old, unused_path(os.path.join(output_dir, f"damaged-{os.path.basename(old)}")))
+            return path
+        if path == wanted and not restarted:
+            raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
+        if world.is_main:
+            print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
+        damaged += [path] if is_damaged else []
+    if candidates or (wanted or "").lower() == "true":
+        raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
+                         f"give the path of one, or start a new run in another --output_dir", 3)
+    return None
+
+
+def list_candidates(wanted: str | None, output_dir: str, restarted: bool) -> list[str]:
+    """Paths of the checkpoints that may be resumed from, to be tried in this order; none for a fresh start."""
+    steps = list_checkpoints(output_dir)
+    own = [os.path.join(output_dir, f"checkpoint-{step}") for step in steps]
+    explicit = wanted is not None and wanted.lower() not in ("true", "false", "auto")
+    if restarted:
+        return own or ([wanted] if explicit else [])
+    if wanted is None or wanted.lower() == "false":
+        if found := holds_run(output_dir):
+            raise UsageError(f"--output_dir {output_dir} already holds a run ({found}): go on with it by "
+                             f"--resume_from_checkpoint True, or start another one in a new --output_dir")
+        return []
+    if not explicit:
+        if not own and wanted.lower() == "auto" and holds_run(output_dir):
+            print(f"note: {output_dir} has a metrics.jsonl but no checkpoint to go on from; the run starts anew and replaces it", file=sys.stderr)
+        return own
+    source = os.path.dirname(os.path.abspath(wanted))
+    if os.path.isdir(wanted) and os.path.samefile(source, output_dir):
+        chosen = CHECKPOINT.fullmatch(os.path.basename(os.path.abspath(wanted)))
+        if steps and (chosen is None or steps[0] > int(chosen[1])):
+            raise UsageError(f"--resume_from_checkpoint {wanted}: {output_dir} goes on to checkpoint-{steps[0]}, which would be mixed with "
+                             f"the new run: give a new --output_dir, or move the newer checkpoints away")
+    elif os.path.isdir(wanted) and holds_run(output_dir):
+        raise UsageError(f"--output_dir {output_dir} already holds another run than {wanted}: give a new --output_dir, "
+                         f"or {source} to go on there")
+    return [wanted]
+
+
+def prepare_output_dir(output_dir: str, on_exit: contextlib.ExitStack) -> None:
+    """Makes the folder, locks it, which also shows that it can be written, and removes what a save that was killed has left."""
     try:
         os.makedirs(output_dir, exist_ok=True)
-        with open(probe, "w"):
-            os.remove(probe)
-        for name in os.listdir(output_dir):     # what a save that was killed has left
+        lock(output_dir, on_exit)
+        for name in os.listdir(output_dir):
             path, original = os.path.join(output_dir, name), os.path.join(output_dir, name.removeprefix("replaced-"))
-            if name.startswith("replaced-checkpoint-") and not os.path.exists(original):
+            if name.startswith("replaced-checkpoint-") and not os.path.lexists(original):
                 os.rename(path, original)
             elif name.startswith(("tmp-checkpoint-", "tmp-deleted-checkpoint-", "replaced-checkpoint-")):
-                shutil.rmtree(path)
+                remove(path)
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} cannot be written: {error}", 5) from None
+
+
+def lock(output_dir: str, on_exit: contextlib.ExitStack) -> None:
+    """Keeps other runs out of the folder until the world is closed. If the process dies, the system gives the lock back."""
+    file = on_exit.enter_context(open(os.path.join(output_dir, ".lock"), "a+"))    # noqa: SIM115
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise UsageError(f"--output_dir {output_dir} is in use by another run, {file.read() or 'which is just starting'}: "
+                                 f"wait for its end, stop it, or give another --output_dir") from None
+            time.sleep(0.1)
+        except OSError as error:
+            print(f"warning: {output_dir} cannot be locked ({error}): take care that no other run writes there", file=sys.stderr)
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    on_exit.callback(file.truncate, 0)
 
 
 def list_checkpoints(output_dir: str) -> list[int]:
     """Steps of the checkpoints in a folder, newest first."""
     matches = (CHECKPOINT.fullmatch(name) for name in os.listdir(output_dir)) if os.path.isdir(output_dir) else ()
     return sorted((int(match[1]) for match in matches if match), reverse=True)
-
-
-def find_checkpoint(args, world: World) -> str | None:
-    """What --resume_from_checkpoint means, the same on every rank: the path of a complete checkpoint, or None to start.
-
-    Raises UsageError: exit code 2 if output_dir holds a run and no flag says what to do with it, 3 if there is nothing
-    to resume from."""
-    wanted, output_dir = args.resume_from_checkpoint, args.output_dir
-    choice, error = -1, None
-    if world.is_main:
-        try:
-            prepare_output_dir(output_dir)
-            choice = choose_checkpoint(wanted, output_dir)
-        except UsageError as failure:
-            error = failure
-    world.raise_together(error)
-    choice, = world.max(choice)
-    if choice >= 0:
-        return os.path.join(output_dir, f"checkpoint-{choice}")
-    return None if wanted in (None, "auto") or wanted.lower() in ("true", "false") else wanted
-
-
-def choose_checkpoint(wanted: str | None, output_dir: str) -> int:
-    """The step to resume from in output_dir, or -1 for none of its own: a fresh start, or an explicit path."""
-    steps = list_checkpoints(output_dir)
-    if wanted is None or wanted.lower() == "false":
-        if found := holds_run(output_dir):
-            raise UsageError(f"--output_dir {output_dir} already holds a run ({found}): go on with it by "
-                             f"--resume_from_checkpoint True, or start another one in a new --output_dir")
-        return -1
-    if wanted.lower() in ("true", "auto"):
-        for step in steps:
-            path = os.path.join(output_dir, f"checkpoint-{step}")
-            problem = find_damage(path)
-            if problem is None:
-                return step
-            print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
-        if steps or wanted.lower() == "true":
-            raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if steps else ''}checkpoint in {output_dir}; "
-                             f"give the path of one, or start a new run in another --output_dir", 3)
-        if holds_run(output_dir):
-            print(f"note: {output_dir} has a metrics.jsonl but no checkpoint to go on from; the run starts anew and replaces it", file=sys.stderr)
-        return -1
-    if (problem := find_damage(wanted)) is not None:
-        raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
-    source = os.path.dirname(os.path.abspath(wanted))
-    if os.path.samefile(source, output_dir):
-        chosen = CHECKPOINT.fullmatch(os.path.basename(os.path.abspath(wanted)))
-        if chosen is None or steps[0] > int(chosen[1]):
-            raise UsageError(f"--resume_from_checkpoint {wanted}: {output_dir} goes on to checkpoint-{steps[0]}, which would be mixed with "
-                             f"the new run: give a new --output_dir, or move the newer checkpoints away")
-    elif holds_run(output_dir):
-        raise UsageError(f"--output_dir {output_dir} already holds another run than {wanted}: give a new --output_dir, "
-                         f"or {source} to go on there")
-    return -1
 
 
 def holds_run(output_dir: str) -> str:
@@ -278,42 +530,161 @@ def holds_run(output_dir: str) -> str:
     return "metrics.jsonl" if os.path.exists(log) and os.path.getsize(log) else ""
 
 
-def find_damage(path: str) -> str | None:
-    """What is wrong with a checkpoint folder compared with its manifest, or None."""
-    if not os.path.isdir(path):
-        return "no such folder"
+def unused_path(path: str) -> str:
+    return unused_path(path + "+") if os.path.lexists(path) else path
+
+
+def find_damage(path: str, world: World, each_node: bool) -> tuple[str | None, bool]:
+    """(why a checkpoint cannot be resumed from, or None; whether it is damaged). Ranks share the hashing of its files."""
+    problem, is_damaged, identity = None, False, ""
     try:
-        manifest = read_json(path, "manifest.json")
+        manifest = read_manifest(path)
+        identity = manifest["sha256"]
         if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, and this program knows {FORMAT}"
-        expected = dict(manifest["files"])
-        found = describe_files(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"no readable manifest.json ({error})"
-    found.pop("manifest.json")
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected:
-            return f"{name} is {'missing' if name not in found else 'not in its manifest'}"
-        if found[name] != expected[name]:
-            return f"{name} is not what was saved: {found[name]['bytes']:,} bytes, sha256 {found[name]['sha256'][:16]}..., not as in its manifest"
-    return None
+            problem = f"its format is {manifest['format']}, and this program knows {FORMAT}"
+        elif manifest["only_model"]:
+            problem = "it holds weights alone (--save_only_model)"
+        else:
+            check_files(path, manifest, *((world.local_rank, world.local_world_size) if each_node else (world.rank, world.world_size)))
+    except UsageError as error:
+        problem, is_damaged = str(error).removeprefix(path + os.sep), True
+    reports = world.gather_json([problem, is_damaged, identity])
+    for rank, (problem, is_damaged, found) in enumerate(reports):
+        if problem is not None:
+            return problem + f" (seen by rank {rank})" * (rank > 0), is_damaged
+        if found != reports[0][2] and not each_node:
+            return f"rank {rank} sees another checkpoint under that name than rank 0: all need the same folder, or --save_on_each_node", False
+    return None, False
+
+
+def verify(path: str) -> dict:
+    """The manifest of a checkpoint that is what was saved. Raises UsageError (exit code 3) that names the file and the reason."""
+    manifest = read_manifest(path)
+    if manifest["format"] != FORMAT:
+        raise UsageError(f"{path}: its format is {manifest['format']}, and this program knows {FORMAT}", 3)
+    check_files(path, manifest)
+    return manifest
+
+
+def read_manifest(path: str) -> dict:
+    with reading(path, "manifest.json"):
+        if not os.path.isdir(path):
+            raise UsageError(f"{path}: no such folder", 3)
+        manifest = read_json(path, "manifest.json")
+        if manifest["sha256"] != checksum(manifest):
+            raise ValueError("it is not what was saved: its own checksum is another")
+        named = CHECKPOINT.fullmatch(os.path.basename(os.path.abspath(path)))
+        if named and int(named[1]) != manifest["step"]:
+            raise ValueError(f"it is that of update {manifest['step']}")
+        return {key: manifest[key] for key in ("format", "step", "only_model", "torch", "python", "files", "sha256")}
+
+
+def check_files(path: str, manifest: dict, rank: int = 0, ranks: int = 1) -> None:
+    """That a folder has the files of its manifest and no others. Of several ranks each hashes every N-th."""
+    with reading(path, "manifest.json"):
+        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    found = set(os.listdir(path)) - {"manifest.json"}
+    for name in sorted(expected.keys() | found):
+        with reading(path, name):
+            if name not in found or name not in expected:
+                raise ValueError("it is missing" if name in expected else "it is not in the manifest")
+            info = os.lstat(os.path.join(path, name))
+            if not PLAIN_NAME.fullmatch(name) or not stat.S_ISREG(info.st_mode):
+                raise ValueError("it is not a plain file with a plain name")
+            if info.st_size != expected[name][0]:
+                raise ValueError(f"it has {info.st_size:,} bytes, and {expected[name][0]:,} were saved")
+    for name in sorted(expected)[rank::ranks]:
+        with reading(path, name):
+            if describe_file(os.path.join(path, name))["sha256"] != expected[name][1]:
+                raise ValueError("its content is not what was saved (SHA-256)")
+
+
+@contextlib.contextmanager
+def reading(path: str, name: str) -> Iterator[None]:
+    """Whatever a file that is not what it should be can raise, as one error that names it (exit code 3)."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        what = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{os.path.join(path, name)} cannot be used: {what}", 3) from error
 
 
 def read_json(folder: str, name: str) -> dict:
-    with open(os.path.join(folder, name)) as file:
-        return json.load(file)
+    path = os.path.join(folder, name)
+    info = os.lstat(path)
+    if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_JSON_BYTES:
+        raise ValueError(f"it is no plain file of at most {MAX_JSON_BYTES:,} bytes")
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------- status
+
+def write_status(output_dir: str, world: World, **changes) -> None:
+    """Tells others how the run is: {"state": "running" | "finished" | "stopped" | "failed", "step", "reason", "exit"}."""
+    world.status.update(changes)
+    path = os.path.join(output_dir, "status.json")
+    if world.is_main:
+        with contextlib.suppress(OSError):      # a full disk has been told of already, and must not hide the reason
+            with open(path + ".tmp", "w") as file:
+                json.dump(world.status, file)
+            os.replace(path + ".tmp", path)
+
+
+def read_status(output_dir: str) -> dict:
+    try:
+        return read_json(output_dir, "status.json")
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def report_end(output_dir: str, world: World, error: BaseException | None) -> None:
+    if isinstance(error, SystemExit):
+        write_status(output_dir, world, state="stopped", exit=error.code)
+    elif error is not None:
+        code = error.exit_code if isinstance(error, UsageError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        write_status(output_dir, world, state="stopped" if code == 130 else "failed", exit=code, reason=f"{type(error).__name__}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------- load
 
-def load_state(path: str | None) -> TrainState:
-    """The progress stored in a checkpoint; a fresh one without a checkpoint."""
+def load_state(path: str | None, args, data: str) -> TrainState:
+    """The progress stored in a checkpoint; a fresh one without a checkpoint. data: what identifies the training data.
+
+    Raises UsageError: exit code 2 if a setting is another than the checkpoint's, without which the run would go on as a
+    different one, and --allow_change does not name it; 3 if the file is not usable."""
     if path is None:
-        return TrainState()
-    stored, known = read_json(path, "state.json")["state"], TrainState().to_dict()
-    if stored.keys() != known.keys():
-        raise UsageError(f"{path}/state.json is of another version of this program: it differs in {sorted(stored.keys() ^ known.keys())}", 3)
-    return TrainState(**stored)
+        return TrainState(data=data)
+    with reading(path, "state.json"):
+        stored = read_json(path, "state.json")["state"]
+        known = {f.name: f.type for f in fields(TrainState) if "runtime" not in f.metadata}
+        if stored.keys() != known.keys():
+            raise ValueError(f"it is of another version of this program: it differs in {sorted(stored.keys() ^ known.keys())}")
+        if wrong := [f"{name}={stored[name]!r:.100}" for name, kind in known.items() if not FITS[kind](stored[name])]:
+            raise ValueError(f"impossible values: {', '.join(wrong)}")
+        state = TrainState(**stored)
+    with reading(path, "args.json"):
+        changes = [(f"--{name}", old, new, name) for name, old, new, fixed in changed_args(read_json(path, "args.json"), args) if fixed]
+    if state.data != data:
+        changes.append(("the training data", state.data, data, "data"))
+        state.data = data
+    refused = [change for change in changes if change[3] not in (args.allow_change or "").split(",")]
+    if refused:
+        raise UsageError(f"{path} is of a run with " + "; ".join(f"{what} {old}, not {new}" for what, old, new, _ in refused)
+                         + ": it would go on as a different one. Give what it was trained with, or start a new run; to go on all the "
+                         f"same, give --allow_change {','.join(name for *_, name in refused)}")
+    return state
+
+
+FITS: dict[str, Callable] = {      # what values of a field of TrainState can be
+    "int": lambda v: type(v) is int and -1 <= v < 2**53, "bool": lambda v: type(v) is bool, "str": lambda v: type(v) is str and len(v) < 1000,
+    "float": lambda v: type(v) in (int, float), "float | None": lambda v: v is None or type(v) in (int, float),
+    "list[float]": lambda v: type(v) is list and all(type(x) in (int, float) for x in v)}
 
 
 def load_checkpoint(run: Run, path: str) -> None:
@@ -323,28 +694,28 @@ def load_checkpoint(run: Run, path: str) -> None:
     if the tensors are not those of this run's model and optimizer."""
     load_model(run.model, path)
     run.parallel.adopt()
-    stored = read_json(path, "state.json")
-    load_optimizer(run, path, stored["optimizer"])
-    run.callbacks.load_states(stored["callbacks"])
-    run.precision.load_state_dict(stored["scaler"])
-    if isinstance(run.schedule, Plateau):
-        run.schedule.load_state_dict(stored["schedule"])
+    with reading(path, "state.json"):
+        stored = read_json(path, "state.json")
+        load_optimizer(run, path, stored["optimizer"])
+        run.callbacks.load_states(stored["callbacks"])
+        run.precision.load_state_dict(stored["scaler"])
+        if isinstance(run.schedule, Plateau):
+            run.schedule.load_state_dict(stored["schedule"])
+        ranks = int(stored["world_size"])
     if run.ema is not None:     # a checkpoint without averages starts them at its weights
         with PartFiles(path, "ema") as averages, PartFiles(path, "model") as weights:
             for part in run.ema.parts:
-                part.piece.copy_((averages if part.name in averages.found else weights).read(part.name, part.start, part.piece))
+                (averages if part.name in averages.found else weights).fill(part.name, part.start, part.piece)
     if run.world.is_main:
         copy_history(os.path.dirname(os.path.abspath(path)), run)
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
-        if stored["world_size"] != run.world.world_size:
-            print(f"  ranks: {stored['world_size']} -> {run.world.world_size}; random numbers start anew from the seed")
-        saved_args = read_json(path, "args.json")
-        for field in dataclasses.fields(run.args):
-            old, new = saved_args.get(field.name), getattr(run.args, field.name)
-            if old != new and field.name not in ("output_dir", "resume_from_checkpoint", "disable_tqdm"):
-                print(f"  --{field.name}: {old} -> {new}")
-    if stored["world_size"] == run.world.world_size:
-        set_rng_state(read_json(path, f"rng-{run.world.rank}.json"))
+        if ranks != run.world.world_size:
+            print(f"  ranks: {ranks} -> {run.world.world_size}; random numbers start anew from the seed")
+        for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
+            print(f"  --{name}: {old} -> {new}")
+    if ranks == run.world.world_size:
+        with reading(path, f"rng-{run.world.rank}.json"):
+            set_rng_state(read_json(path, f"rng-{run.world.rank}.json"))
     else:
         set_seed(run.args.seed + run.world.rank + run.state.global_step)
 
@@ -357,48 +728,85 @@ def copy_history(source: str, run: Run) -> None:
             copy.write(file.read(run.state.log_bytes))
 
 
+class Stored(NamedTuple):
+    """A tensor in a file: elements `start` to `stop` of a flattened parameter, or (stop None) a whole one."""
+
+    start: int
+    stop: int | None
+    descriptor: int
+    position: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class PartFiles(contextlib.ExitStack):
     """The tensors in `stem*.safetensors` of a checkpoint, of which any range of elements can be read by itself, wherever the
-    ranks that wrote it had cut. A context: files are open, and mapped, inside it."""
+    ranks that wrote it had cut. A context: the files are open inside it."""
 
     def __init__(self, path: str, stem: str):
         super().__init__()
-        self.found: dict[str, list[tuple[int, int | None, str, object]]] = {}      # name -> (start, stop or None for all, key, file)
+        self.path, self.stem = path, stem
+        self.found: dict[str, list[Stored]] = {}
         self.numbers: dict = {}
         for name in sorted(os.listdir(path)):
             if re.fullmatch(rf"{stem}(-.*)?\.safetensors", name):
-                file = self.enter_context(safe_open(os.path.join(path, name), framework="pt"))
-                self.numbers.update(json.loads((file.metadata() or {}).get("numbers", "{}")))
-                for key in file.keys():   # noqa: SIM118  a file is no dict
-                    base, start, stop = RANGE.fullmatch(key).groups()
-                    self.found.setdefault(base, []).append((int(start or 0), int(stop) if stop else None, key, file))
+                with reading(path, name):
+                    self.add(os.path.join(path, name))
+
+    def add(self, path: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        self.callback(os.close, descriptor)
+        size = os.fstat(descriptor).st_size
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if 8 + length > min(size, MAX_JSON_BYTES):
+            raise ValueError(f"its header should have {length:,} bytes")
+        header = json.loads(os.pread(descriptor, length, 8))
+        self.numbers |= json.loads(header.pop("__metadata__", {}).get("numbers", "{}"))
+        for key, entry in header.items():
+            base, first, stop = RANGE.fullmatch(key).groups()
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end > size - 8 - length \
+                    or end - begin != math.prod(shape) * dtype.itemsize or stop and int(stop) - int(first) != math.prod(shape):
+                raise ValueError(f"{key} should have shape {shape} in bytes {begin} to {end}")
+            self.found.setdefault(base, []).append(Stored(int(first or 0), int(stop) if stop else None, descriptor, 8 + length + begin, dtype, shape))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that was saved whole."""
-        _, _, key, file = self.found[name][0]
-        return tuple(file.get_slice(key).get_shape())
+        return self.found[name][0].shape
 
-    def read(self, name: str, first: int, like: Tensor, whole_shape=None) -> Tensor:
-        """The elements of the flattened tensor `name` from `first` on, as many as `like` has and in its shape. A tensor that was saved
-        whole in another shape than `whole_shape` belongs to the parameter as one, such as a step count: it is read as it is."""
-        last = first + like.numel()
-        pieces = []
-        for start, stop, key, file in sorted(self.found[name], key=lambda entry: entry[0]):
-            source = file.get_slice(key)
-            shape = source.get_shape()
-            if stop is None and whole_shape is not None and tuple(shape) != tuple(whole_shape):
-                return file.get_tensor(key)
-            if stop is None:        # whole: the rows of the first dimension that have the range
-                per_row = math.prod(shape[1:])
-                row = first // max(per_row, 1)
-                rows = source[row:-(-last // max(per_row, 1))] if shape else file.get_tensor(key)
-                return rows.flatten()[first - row * per_row:last - row * per_row].view(like.shape)
-            if start < last and first < stop:
-                pieces.append(source[max(first - start, 0):last - start])
-        return torch.cat(pieces).view(like.shape) if pieces else torch.empty_like(like)
+    def fill(self, name: str, first: int, target: Tensor) -> None:
+        """Reads the elements of the flattened tensor `name` from `first` on into `target`, as many as it has."""
+        pieces = sorted(self.found[name], key=lambda stored: stored.start)
+        direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == pieces[0].dtype
+        buffer = target if direct else torch.empty(target.shape, dtype=pieces[0].dtype)
+        view, at, last = as_bytes(buffer.detach()), first, first + target.numel()
+        for start, stop, descriptor, position, dtype, shape in pieces:
+            upto = min(last, start + math.prod(shape))
+            if start <= at < upto and dtype == buffer.dtype:
+                part = view[(at - first) * dtype.itemsize:(upto - first) * dtype.itemsize]
+                read_at(descriptor, part, position + (at - start) * dtype.itemsize)
+                at = upto
+        if at != last:
+            raise UsageError(f"{self.path}/{self.stem}*.safetensors: elements {at} to {last} of {name} are missing", 3)
+        if not direct:
+            target.detach().copy_(buffer)
+
+    def read(self, name: str, part: Part) -> Tensor:
+        """The state `name` of what a rank holds of a parameter, on the CPU. What was saved whole in another shape than the
+        parameter's belongs to it as one, such as a step count."""
+        stored = self.found[name][0]
+        alone = stored.stop is None and stored.shape != tuple(part.shape)
+        tensor = torch.empty(stored.shape if alone else part.piece.shape, dtype=stored.dtype)
+        self.fill(name, 0 if alone else part.start, tensor)
+        return tensor
 
 
-RANGE = re.compile(r"(.*?)(?:\[(\d+):(\d+)\])?")
+def read_at(descriptor: int, target: memoryview, position: int) -> None:
+    while len(target):
+        count = os.preadv(descriptor, [target[:CHUNK_BYTES]], position)
+        if count == 0:
+            raise OSError("a file ends too early")
+        target, position = target[count:], position + count
 
 
 def load_model(model: nn.Module, path: str) -> None:
@@ -408,7 +816,7 @@ def load_model(model: nn.Module, path: str) -> None:
         check_tensors(path, {k: tuple(v.shape) for k, v in weights.items()}, {k: files.shape(k) for k in files.found})
         for name, tensor in weights.items():
             local, start = local_part(tensor)
-            local.copy_(files.read(name, start, local))
+            files.fill(name, start, local)
 
 
 def load_optimizer(run: Run, path: str, stored: dict) -> None:
@@ -426,8 +834,7 @@ def load_optimizer(run: Run, path: str, stored: dict) -> None:
             raise UsageError(f"{path} has optimizer state of parameters that this run does not train: {unknown[:10]}", 3)
         for part in held:
             for name in names.get(part.name, ()):
-                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else \
-                    files.read(name, part.start, part.piece, part.shape)
+                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else files.read(name, part)
     packed = optimizer.state_dict()   # its groups hold the flags given now
     pieces = [p for group in optimizer.param_groups for p in group["params"]]
     packed["state"] = {index: states[p] for index, p in enumerate(pieces) if p in states}

@@ -44,6 +44,8 @@ class Loader:
         self.round_size = batch_size * world_size       # samples of all ranks in one round of micro-batches
         stream = isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
         self.num_samples = None if stream else len(dataset)     # None: unknown
+        # by which a resumed run knows its data again; a data set may have a `digest` of its content
+        self.identity = f"{'a stream' if stream else f'{self.num_samples} samples'} {getattr(dataset, 'digest', '')}".strip()
         if self.num_samples == 0:
             raise UsageError("the data set is empty: it has 0 samples")
         if drop_last and self.num_samples is not None and self.num_samples < self.round_size:
@@ -118,8 +120,8 @@ class Blocks:
     integers. starts: (n,) first positions of the blocks that belong to this set. A sample is input_ids (T,) = tokens[s:s+T]
     and labels (T,) = the next token of each; past the end, labels are -100."""
 
-    def __init__(self, tokens: Tensor, starts: Tensor, block_size: int):
-        self.num_tokens, self.starts = len(tokens), starts
+    def __init__(self, tokens: Tensor, starts: Tensor, block_size: int, digest: str = ""):
+        self.num_tokens, self.starts, self.digest = len(tokens), starts, digest
         self.tokens = torch.cat([tokens, tokens.new_zeros(block_size)])
         self.window = torch.arange(block_size + 1)
 
@@ -186,7 +188,8 @@ class BlockStream:
 # ---------------------------------------------------------------------------------------------------- where tokens come from
 @dataclass
 class Data:
-    """Training and held-out samples, one line that says what they are, and a digest of the training tokens ("" for a stream)."""
+    """Training and held-out samples, one line that says what they are, and a digest of the training tokens (of a stream: of
+    the names and sizes of its files)."""
 
     train: Any
     eval: Any
@@ -204,8 +207,11 @@ def build_data(args: TrainArgs) -> Data:
         return lambda: documents(rows, args.text_column)
     if args.streaming:
         name, part = (args.dataset, "eval") if by_hash else (args.eval_dataset, None)
+        sizes = [os.path.getsize(file) for file in find_files(args.dataset) or []]
+        digest = hashlib.sha256(repr((args.dataset, args.dataset_config_name, args.text_column, sizes)).encode()).hexdigest()[:16]
         data = Data(BlockStream(texts(args.dataset), *cut, "train" if by_hash else None, args.dataset),
-                    BlockStream(texts(name), *cut, part, name), f"{args.dataset}, streamed in its own order", "")
+                    BlockStream(texts(name), *cut, part, name), f"{args.dataset}, streamed in its own order", digest)
+        data.train.digest = digest
     else:
         if args.dataset is None:
             tokens, evals, about = stdlib_tokens()
@@ -222,7 +228,7 @@ def build_data(args: TrainArgs) -> Data:
         else:
             out_starts = block_starts(evals, *cut, args.eval_dataset or "held-out data")
         digest = hashlib.sha256(tokens.numpy()).hexdigest()[:16]
-        data = Data(Blocks(tokens, starts, args.block_size), Blocks(evals, out_starts, args.block_size) if len(out_starts) else None,
+        data = Data(Blocks(tokens, starts, args.block_size, digest), Blocks(evals, out_starts, args.block_size) if len(out_starts) else None,
                     f"{about}, sha256 {digest}", digest)
     if data.eval is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise UsageError(f"{args.dataset}: no block fell to the held-out 5%: give --eval_dataset, or more data, or --eval_strategy no")

@@ -6,14 +6,22 @@ One process has no process group; every function here then does nothing but retu
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import json
 import os
 import random
+import signal
+import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +45,12 @@ class World:
     world_size: int
     device: torch.device
     device_mesh: DeviceMesh | None = None    # fsdp: ("shard",) over all ranks; hsdp: ("replicate", "shard")
+    local_world_size: int = 1
+    node: int = 0                            # number of the host
+    writes: bool = True                      # into output_dir what all ranks hold: rank 0, with --save_on_each_node one rank of each host
+    began: float = field(default_factory=time.monotonic)
+    status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None})
+    on_exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)     # what is to be undone when the world is closed
 
     @property
     def is_main(self) -> bool:
@@ -72,13 +86,19 @@ class World:
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
+    def gather_json(self, value) -> list:
+        """JSON values of all ranks, the same list on every rank."""
+        text = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor(len(text)))
+        padded = torch.nn.functional.pad(text, (0, int(sizes.max()) - len(text)))
+        return [json.loads(bytes(row[:size].numpy())) for row, size in zip(self.gather(padded), sizes.tolist())]
+
     def raise_together(self, error: Exception | None) -> None:
-        """Raises on every rank if any rank has an error: its own, or one that names the ranks that failed."""
-        failed = self.gather(torch.tensor(error is not None)).nonzero().flatten().tolist()
-        if error is not None:
-            raise error
-        if failed:
-            raise UsageError(f"rank {failed[0]} failed; its own message says why", 1)
+        """Raises on every rank if any rank has an error: its own, or one that tells the first one's, with the same exit code."""
+        code = 0 if error is None else getattr(error, "exit_code", 1)
+        if any(self.gather(torch.tensor(code)).tolist()):
+            rank, (code, message) = next((rank, told) for rank, told in enumerate(self.gather_json([code, str(error)])) if told[0])
+            raise error or UsageError(f"rank {rank} failed: {message}", code)
 
     @contextlib.contextmanager
     def writing(self, path: str) -> Iterator[None]:
@@ -99,7 +119,11 @@ def open_store(rank: int, world_size: int) -> dist.Store:
     a group would else hand out the addresses of dead peers."""
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0 and not torchrun_serves, multi_tenant=True)
+    try:
+        store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0 and not torchrun_serves, multi_tenant=True)
+    except dist.DistError as error:
+        raise UsageError(f"rank {rank} cannot {'open' if rank == 0 else 'reach'} {host}:{port}, where the ranks meet (MASTER_ADDR, MASTER_PORT): "
+                         f"{str(error).splitlines()[0][:160]}", 6) from None
     opened[f"{host}:{port}"] += 1
     return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{opened[f'{host}:{port}']}", store)
 
@@ -109,8 +133,10 @@ def open_world(args) -> Iterator[World]:
     """The world that torchrun started, or one process; the process group is always destroyed at the end.
 
     An error on one rank ends all of them: those that lose touch with it raise a UsageError with its message, or, when nobody
-    knows, with the collective that failed and the ranks that are silent (exit code 6)."""
+    knows, with the collective that failed and the ranks that are silent (exit code 6). Workers die with their torchrun."""
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: they have sessions of their own, and would write on as orphans
     cuda = torch.cuda.is_available() and not args.use_cpu
     if cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
@@ -121,14 +147,25 @@ def open_world(args) -> Iterator[World]:
     if args.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")   # cuBLAS needs it before its first call
         torch.use_deterministic_algorithms(True)
+    with contextlib.ExitStack() as on_exit, joined(args, rank, world_size, cuda):
+        world = World(rank, local_rank, world_size, device, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+                      node=int(os.environ.get("GROUP_RANK", "0")), writes=rank == 0 or args.save_on_each_node and local_rank == 0, on_exit=on_exit)
+        check_same_start(world, args)
+        yield dataclasses.replace(world, device_mesh=open_mesh(args, rank, world_size, device))
+
+
+@contextlib.contextmanager
+def joined(args, rank: int, world_size: int, cuda: bool) -> Iterator[None]:
+    """The process group, if there are several ranks, and what an error means when ranks have lost touch."""
     if world_size == 1:
-        yield World(rank, local_rank, world_size, device)
+        yield
         return
-    store, timeout = open_store(rank, world_size), timedelta(seconds=args.ddp_timeout)
+    store = open_store(rank, world_size)
     # gloo carries the small host-side values, NCCL (where there are GPUs) the gradients
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                            timeout=timedelta(seconds=args.ddp_timeout))
     try:
-        yield World(rank, local_rank, world_size, device, open_mesh(args, rank, world_size, device, timeout))
+        yield
     except (Exception, KeyboardInterrupt) as error:
         told = explain(error, rank, world_size, store, args.ddp_timeout)
         if told is error:
@@ -138,7 +175,18 @@ def open_world(args) -> Iterator[World]:
         dist.destroy_process_group()   # leaving gloo without this aborts one exit in ten
 
 
-def open_mesh(args, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> DeviceMesh | None:
+def check_same_start(world: World, args) -> None:
+    """Ranks that were started with other flags or other code would train something else together, or wait for each other for ever."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")) if world.world_size > 1 else []:
+        code.update(path.read_bytes())
+    first, *others = world.gather_json({"source code": code.hexdigest()[:16], **args.to_dict()})
+    for rank, other in enumerate(others, 1):
+        if different := [f"{name}: {other[name]!r}, and rank 0 with {first[name]!r}" for name in first if other[name] != first[name]]:
+            raise UsageError(f"rank {rank} was started with another {'; '.join(different)}: start all alike")
+
+
+def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceMesh | None:
     """The grid of ranks that fsdp and hsdp shard over: hsdp shards among --hsdp_shard_size neighbours and replicates those."""
     size = args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if args.strategy == "hsdp" and (world_size % size or size in (1, world_size)):
@@ -153,7 +201,7 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device, timeout: t
     grid = torch.arange(world_size).view(-1, size)
     mine = []
     for groups in (grid.T, grid):       # new_group is a collective of all ranks; it would not inherit the timeout
-        opened_here = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in groups.tolist()}
+        opened_here = {tuple(ranks): dist.new_group(ranks, timeout=timedelta(seconds=args.ddp_timeout)) for ranks in groups.tolist()}
         mine += [group for ranks, group in opened_here.items() if rank in ranks]
     return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
@@ -236,6 +284,10 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UsageError(f"{name} gives sparse gradients, which can be neither clipped nor reduced here: build it with sparse=False")
+    held_here = args.strategy == "ddp" or args.strategy == "hsdp" and world.local_world_size % world.device_mesh["shard"].size() == 0
+    if args.save_on_each_node and world.world_size > world.local_world_size and not held_here:
+        raise UsageError(f"--save_on_each_node needs all of the run on each host, and --strategy {args.strategy} splits it over hosts: give an output_dir that all "
+                         f"hosts share, or --strategy ddp, or hsdp with groups within a host")
     if args.cpu_offload and world.world_size == 1:
         raise UsageError("--cpu_offload moves a rank's part of the optimizer, and one process has no part: use several ranks, or leave it away")
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
@@ -298,7 +350,7 @@ class FullySharded(Parallel):
             materialize(model, torch.device("cpu") if args.cpu_offload else world.device)
         super().__init__(model, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
         self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
-        self.saves = world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
+        self.saves = args.save_on_each_node or world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
         self.used: set[str] = set()
         self.units = [(name, unit) for name, unit in model.named_modules() if hasattr(unit, "reshard")]

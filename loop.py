@@ -15,7 +15,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from checkpoint import list_checkpoints, save_checkpoint
+from args import seconds
+from checkpoint import Saver, list_checkpoints, write_status
 from distributed import clip_grads
 from evalloop import evaluate, model_outputs, to_device
 from optim import set_lr
@@ -76,20 +77,21 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
 def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=None, predict_fn=model_outputs) -> dict:
     """Trains until state.max_steps, or until a callback or a signal stops it. Returns the last row of metrics.
 
-    Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal the
-    update is finished and saved, and SystemExit(128 + signal) is raised. compute_metrics, predict_fn: as for `evaluate`."""
+    Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal, or when --max_time is
+    near, the update is finished and saved, and SystemExit(128 + signal, or 75) is raised. compute_metrics, predict_fn: as for `evaluate`."""
     args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run)
     evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
     # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
     epoch_length = args.max_steps * args.gradient_accumulation_steps if train_loader.num_samples is None else len(train_loader)
     if state.finished:
+        write_status(args.output_dir, run.world, state="finished", step=state.global_step, exit=0)
         return next(row for row in reversed(state.log_history) if "train_loss" in row)
     run.model.train()
     if hasattr(run.optimizer, "train"):     # schedule-free optimizers evaluate other weights than they train
         run.optimizer.train()
     state.in_training = True
-    with catching_signals(run):
+    with reporting_status(run), catching_signals(run):
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
             evaluation()
@@ -110,6 +112,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                     meter.updates.append(update)
                     handle_nonfinite(run, run.precision.find_nonfinite(state.global_step, update), meter)
                 ask_at_step_end(run)
+                meter.watch_time()
                 callbacks.fire("on_step_end", run)
                 obey(run, meter, evaluation)
                 if control.should_epoch_stop or control.should_training_stop:
@@ -126,10 +129,12 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
             ask_at_epoch_end(run)
             callbacks.fire("on_epoch_end", run)
             obey(run, meter, evaluation)
-        if args.save_strategy != "no" and meter.saved_step != state.global_step:
-            meter.save()
+        if args.save_strategy != "no":
+            meter.save(last=True)
         metrics = meter.final_metrics()
         callbacks.log(run, metrics)
+        if callbacks.unwritten:
+            raise UsageError(f"the last rows could not be written to {state.log_path}: free space there, then resume", 5)
         callbacks.fire("on_train_end", run)
     state.in_training = False
     return metrics
@@ -146,10 +151,29 @@ def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
         meter.since += time.perf_counter() - begin
         if isinstance(run.schedule, Plateau):
             run.schedule.observe(metrics["eval_loss"])
+        note_best(run, metrics)
     if control.should_save:
         meter.save()
-    if control.stop_signal:
-        stop_for_signal(run, meter)
+    else:
+        meter.saver.poll()
+    if control.stop_code:
+        stop_early(run, meter)
+
+
+def note_best(run: Run, metrics: dict) -> None:
+    """Remembers the best evaluation: of equal ones the first, as in the HF Trainer."""
+    args, state = run.args, run.state
+    name = args.metric_for_best_model or ("loss" if args.save_strategy == "best" else None)
+    if name is None:
+        return
+    key = name if name.startswith("eval_") else f"eval_{name}"
+    if key not in metrics:
+        raise UsageError(f"--metric_for_best_model {name}: evaluations give {', '.join(sorted(metrics))}")
+    greater = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
+    best = state.best_metric if state.best_metric is not None else -math.inf if greater else math.inf
+    if metrics[key] > best if greater else metrics[key] < best:
+        state.best_metric, state.best_global_step = metrics[key], state.global_step
+        run.callbacks.control.should_save |= args.save_strategy == "best"
 
 
 def ask_at_step_end(run: Run) -> None:
@@ -177,7 +201,8 @@ class Meter:
         self.updates: list[Update] = []         # since the last `collect`
         self.began = self.since = time.perf_counter()       # since: the last log, put off by what evaluating and saving took
         self.first_step, self.first_sample, self.since_tokens = run.state.global_step, run.state.total_samples, run.state.num_input_tokens_seen
-        self.saved_step = run.state.global_step or None     # a resumed run starts at a saved update
+        self.saver = Saver(run)
+        self.last_end, self.longest_update = time.monotonic(), 0.0       # for --max_time
 
     def collect(self) -> None:
         """Brings losses and gradient norm to the host and into the state, which keeps each update's loss: then means do not
@@ -208,14 +233,24 @@ class Meter:
         self.since, self.since_tokens = now, state.num_input_tokens_seen
         return row
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
+        """last: nothing trains on afterwards, so the checkpoint has to be complete."""
         self.collect()
         handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)      # before anything is kept
         begin = time.perf_counter()
-        save_checkpoint(self.run)
-        self.saved_step = self.run.state.global_step
-        self.run.callbacks.fire("on_save", self.run)
+        self.run.callbacks.control.should_save = False
+        self.saver.save(last)
+        if last:
+            self.saver.finish(last)
         self.since += time.perf_counter() - begin
+
+    def watch_time(self) -> None:
+        """Asks to stop when another update and a save, of twice the time of the last, could go beyond --max_time."""
+        if self.run.args.max_time is not None:
+            now = time.monotonic()
+            self.longest_update, self.last_end = max(self.longest_update, now - self.last_end), now
+            if now - self.run.world.began + self.longest_update + 2 * self.saver.seconds > seconds(self.run.args.max_time):
+                self.run.callbacks.stop_code = 75
 
     def final_metrics(self) -> dict:
         self.collect()
@@ -296,16 +331,28 @@ def windows(args, micro_batches: int) -> int:
 
 
 @contextlib.contextmanager
+def reporting_status(run: Run) -> Iterator[None]:
+    """status.json says that the run is running, and then that it is finished; how else it ended is told when the world is closed."""
+    status, state = run.world.status, run.state
+    write_status(run.args.output_dir, run.world, state="running", step=state.global_step)
+    try:
+        yield
+    finally:
+        status["step"] = state.global_step
+    write_status(run.args.output_dir, run.world, state="finished", exit=0)
+
+
+@contextlib.contextmanager
 def catching_signals(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the run to stop; a second one stops the process at once."""
+    """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop; a second one stops the process at once."""
     in_main = threading.current_thread() is threading.main_thread()     # Python delivers signals to the main thread alone
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if in_main}
 
     def catch(number, frame):       # print is not safe in a handler
         os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")
-        run.callbacks.caught_signal = number
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        run.callbacks.stop_code = 128 + number
+        for each in previous:
+            signal.signal(each, lambda number, frame: os._exit(128 + number))
     for number in previous:
         signal.signal(number, catch)
     try:
@@ -315,13 +362,14 @@ def catching_signals(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop_for_signal(run: Run, meter: Meter) -> None:
-    """Saves and leaves with exit code 128 + signal, telling how to go on. The end of the run is left to its next start."""
-    number, step = run.callbacks.control.stop_signal, run.state.global_step
-    if meter.saved_step != step:
-        meter.save()
+def stop_early(run: Run, meter: Meter) -> None:
+    """Saves and leaves with exit code 75 or 128 + signal, telling how to go on. The end of the run is left to its next start."""
+    code, step = run.callbacks.control.stop_code, run.state.global_step
+    meter.save(last=True)
     run.callbacks.fire("on_train_end", run)
+    reason = f"--max_time {run.args.max_time}" if code == 75 else signal.Signals(code - 128).name
+    run.world.status["reason"] = reason
     if run.world.is_main:
-        print(f"stopped by {signal.Signals(number).name} after update {step} of {run.state.max_steps}, saved in "
+        print(f"stopped by {reason} after update {step} of {run.state.max_steps}, saved in "
               f"{run.args.output_dir}/checkpoint-{step}\nto go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
-    raise SystemExit(128 + number)
+    raise SystemExit(code)

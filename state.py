@@ -27,8 +27,8 @@ runtime = partial(field, metadata={"runtime": True})            # a field that i
 
 
 class UsageError(ValueError):
-    """A mistake of the user's, told in one message without a traceback. exit_code: 1 another rank failed or memory ran out,
-    2 wrong arguments or data, 3 no usable checkpoint, 4 an update is not finite, 5 output_dir cannot be written."""
+    """A mistake of the user's, told in one message without a traceback. exit_code: 1 memory ran out,
+    2 wrong arguments or data, 3 no usable checkpoint, 4 an update is not finite, 5 output_dir cannot be written, 6 a rank was lost."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -64,6 +64,9 @@ class TrainState:
     samples_per_update: int = 0     # batch geometry: of all ranks, over one window
     epoch_open: bool = False        # a pass has begun whose end has not been handled yet
     log_bytes: int = 0              # length of metrics.jsonl, which is the history; resume truncates to it
+    data: str = ""                  # what identifies the training data: other data would make positions meaningless
+    best_metric: float | None = None    # best value of --metric_for_best_model so far, and the update it was evaluated after
+    best_global_step: int = 0
     max_steps: int = runtime(default=0)
     num_train_epochs: int = runtime(default=0)
     logging_steps: int = runtime(default=0)         # intervals in updates, ratios resolved
@@ -78,6 +81,12 @@ class TrainState:
 
     def to_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if "runtime" not in f.metadata}
+
+    @property
+    def best_model_checkpoint(self) -> str | None:
+        """Folder of the best update's checkpoint, if it was saved."""
+        path = os.path.join(os.path.dirname(self.log_path), f"checkpoint-{self.best_global_step}")
+        return path if os.path.isdir(path) else None
 
     @property
     def log_history(self) -> list[dict]:

@@ -45,16 +45,18 @@ def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
 
 
 def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, eval_set=None, collate=default_collator,
-             callbacks=(), checkpoint: str | None = None, make_optimizer=build_optimizer) -> tuple[Run, Loader, Loader | None]:
+             callbacks=(), checkpoint: str | None = "find", make_optimizer=build_optimizer) -> tuple[Run, Loader, Loader | None]:
     """Puts a run together from any model and data sets, and resumes it if --resume_from_checkpoint says so.
 
     train_set, eval_set: map-style or iterable. collate: list of samples -> batch of tensors with num_items.
-    callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said already.
+    callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said, None included,
+    if it has been asked.
     make_optimizer: (bare model, args) -> optimizer. Returns the run and the loaders for train, evaluate, predict.
     """
     check_args(args)
     collate = collate or default_collator
-    checkpoint = checkpoint or find_checkpoint(args, world)
+    if checkpoint == "find":
+        checkpoint = find_checkpoint(args, world)
     vocab_size = getattr(model, "vocab_size", None)
     seed = args.seed if args.data_seed is None else args.data_seed
     train_loader = Loader(train_set, collate, args.per_device_train_batch_size, world.rank, world.world_size, seed,
@@ -63,7 +65,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
         Loader(eval_set, collate, args.per_device_eval_batch_size, world.rank, world.world_size, vocab_size=vocab_size)
     if eval_loader is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise UsageError(f"--eval_strategy {args.eval_strategy} needs held-out data, and there is none: give an eval_set")
-    state = load_state(checkpoint)
+    state = load_state(checkpoint, args, train_loader.identity)
+    world.status["step"] = state.global_step
     plan(args, state, train_loader)
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
     state.log_path = os.path.join(args.output_dir, "metrics.jsonl")

@@ -58,7 +58,7 @@ class Parallel:
     which they do not if another rank holds the same. split: whether other ranks train other parts."""
 
     def __init__(self, model: nn.Module, world: World, split: bool = False):
-        self.model, self.world, self.split, self.saves = model, world, split, split or world.is_main
+        self.model, self.world, self.split, self.saves = model, world, split, split or world.writes
         self.parts: list[Part] = []
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # what changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's

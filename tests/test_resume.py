@@ -199,7 +199,7 @@ def test_a_crash_while_replacing_a_checkpoint_leaves_one_of_the_two(tmp_path):
     (tmp_path / "tmp-deleted-checkpoint-8").mkdir()
     again = finish(tmp_path, "True", save_total_limit=1)
     assert again["weights"] == whole["weights"] and again["rows"] == whole["rows"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-9", "metrics.jsonl", "status.json"]
 
 
 def test_a_failing_write_is_exit_code_5_and_keeps_the_older_checkpoint(tmp_path):
@@ -238,7 +238,7 @@ def test_a_short_epoch_does_not_change_the_plan_of_a_resumed_run(tmp_path):
 def test_another_model_is_refused_with_its_differences(tmp_path):
     finish(tmp_path, max_steps=1)
     args = arguments(tmp_path, **{**SETTINGS, "resume_from_checkpoint": "True"})
-    with pytest.raises(UsageError, match=r"bias: missing in the file, \(2,\) in the model") as error, toy_run(args, model=torch.nn.Linear(2, 2), eval_set=sequences(2)):
+    with pytest.raises(UsageError, match=r"bias: missing in the file, \(2,\) in the model") as error, toy_run(args, model=torch.nn.Linear(2, 2), train_set=sequences(11), eval_set=sequences(2)):
         pass
     assert error.value.exit_code == 3
 

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from args import TrainArgs
-from checkpoint import PartFiles, find_damage, load_model, read_json
+from checkpoint import PartFiles, load_model, read_json, verify
 from model import build_model, generate
 from state import UsageError
 
@@ -24,15 +24,14 @@ def main(argv: list[str] | None = None) -> str:
     flags = parser.parse_args(argv)
     if flags.length < 1 or not 0 <= flags.temperature < float("inf"):
         raise UsageError(f"--length {flags.length} must be at least 1, --temperature {flags.temperature} at least 0")
-    if (problem := find_damage(flags.checkpoint)) is not None:
-        raise UsageError(f"{flags.checkpoint}: {problem}; give the folder of a checkpoint, such as runs/default/checkpoint-600", 3)
+    verify(flags.checkpoint)
     known = TrainArgs().to_dict().keys()
     model = build_model(TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known}))
     load_model(model, flags.checkpoint)
     with PartFiles(flags.checkpoint, "ema") as averages:       # what evaluations saw, if there are any
         for name, p in model.named_parameters():
             if name in averages.found:
-                p.data.copy_(averages.read(name, 0, p))
+                averages.fill(name, 0, p.data)
     prompt = torch.tensor([*os.fsencode(flags.prompt)] or [0])
     if int(prompt.max()) >= model.vocab_size:
         raise UsageError(f"--prompt has byte {int(prompt.max())}; the model knows 0..{model.vocab_size - 1}")
