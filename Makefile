@@ -12,6 +12,7 @@ train: $(VENV)/train.done
 	  --per_device_train_batch_size 16 --max_steps 600 --optim muon --learning_rate 8e-3 --warmup_steps 40 \
 	  --weight_decay 0.1 --adam_beta2 0.95 --logging_steps 20 --eval_strategy steps --eval_steps 600 \
 	  --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 2
+	$(RUN) -m tools.generate runs/default --length 300
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1 $(RUN) -m pytest $(TESTS)

@@ -52,7 +52,6 @@ class TrainArgs:
     block_size: int = arg(128, "tokens per training sample", 1, 100_000_000, fixed=True)
     vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000, fixed=True)
     dropout: float = arg(0.0, "probability of dropping an activation while training", 0, 0.999)
-    sample_length: int = arg(300, "bytes the model writes when training ends (0: none)", 0, 1_000_000)
     # -- how long and how much at a time
     num_train_epochs: float = arg(3.0, "passes over the data; fractions allowed", 0, 1e9)
     max_steps: int = arg(-1, "updates to train for; above 0 it overrides num_train_epochs", -1, 10**12)
@@ -101,6 +100,7 @@ class TrainArgs:
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
     ddp_find_unused_parameters: bool = arg(True, "ddp, zero1, zero2: allow parameters that the loss does not use; False: an error names them")
     ddp_timeout: int = arg(1800, "seconds that a rank waits for the others before it gives up", 1, 10**9)
+    check_replicas: int = arg(0, "updates between checks that ranks still hold the same weights (0: none)", 0, 10**12)
     # -- log, evaluate, save
     logging_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to log")
     logging_steps: float = arg(500, "updates between logs; below 1: the ratio of all updates", 0, 10**12)

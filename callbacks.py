@@ -9,10 +9,13 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
+from distributed import World, local_part
 from state import Run, UsageError
 
 
@@ -134,6 +137,30 @@ class Callbacks:
             waiting.remove(match)
             for key in match.state()["attributes"].keys() & state["attributes"].keys():
                 setattr(match, key, state["attributes"][key])
+
+
+class CheckReplicas(Callback):
+    """Every `steps` updates: that ranks which should hold the same weights do, by a checksum of their bits. A rank that differs, by
+    a fault of its memory or by code that only some ranks run, ends the run on all of them (UsageError, exit code 4)."""
+
+    def __init__(self, world: World, steps: int):
+        self.world, self.steps = world, steps
+        mesh = world.device_mesh        # under fsdp each rank holds something else, under hsdp as many as there are groups the same
+        self.shard = 0 if mesh is None else mesh.get_local_rank("shard")
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.steps:
+            return
+        total = torch.zeros((), dtype=torch.int64)
+        for p in model.parameters():
+            bits = local_part(p)[0].contiguous().view(-1).view(torch.uint8 if p.element_size() % 4 else torch.int32)
+            total = total * 31 + bits.sum().cpu()      # overflows as it likes
+        found = [tuple(pair) for pair in self.world.gather(torch.stack([torch.tensor(self.shard), total])).tolist()]
+        for rank, (shard, value) in enumerate(found):
+            common = Counter(v for s, v in found if s == shard).most_common(1)[0][0]
+            if value != common:
+                raise UsageError(f"update {state.global_step}: rank {rank} holds other weights than the ranks it should equal; resume from a "
+                                 f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
 
 
 class ProgressCallback(Callback):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -120,3 +121,15 @@ class Run:
     state: TrainState
     callbacks: Callbacks
     ema: EMA | None = None
+
+
+def run_main(function, *args) -> None:
+    """Calls a program's main function; a user's mistake becomes one message and its exit code, without a traceback."""
+    try:
+        function(*args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
+        sys.exit(130)

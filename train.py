@@ -5,25 +5,23 @@ One batch: data.py -> loop.py -> loss.py -> model.py -> loop.py. To change one t
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
-from callbacks import Callbacks, ProgressCallback
+from callbacks import Callbacks, CheckReplicas, ProgressCallback
 from checkpoint import find_checkpoint, load_checkpoint, load_state
 from collators import default_collator
 from data import Loader, build_data
 from distributed import World, build_on, open_world, parallelize, set_seed
-from evalloop import evaluating
 from loop import plan, train, windows
 from loss import compute_loss
-from model import build_model, generate
+from model import build_model
 from optim import EMA, build_optimizer
 from precision import Precision
 from schedules import build_schedule, notice
-from state import Run, UsageError
+from state import Run, UsageError, run_main
 
 
 def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
@@ -36,11 +34,8 @@ def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
         run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, checkpoint=checkpoint,
                                                   make_optimizer=make_optimizer)
         print_summary(run, train_loader, eval_loader, data.about)
-        if run.state.finished:
-            print0(world, f"{args.output_dir} is finished: {run.state.global_step} updates are done, and {run.state.max_steps} were asked for. "
-                          f"To go on, raise --max_steps or --num_train_epochs; to start another run, give a new --output_dir.")
         train(run, train_loader, eval_loader, compute_loss)   # loop.py, loss.py <- your loss
-        print_sample(run, data.train)
+        print_end(run)
     return run
 
 
@@ -70,7 +65,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     plan(args, state, train_loader)
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
     state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
-    progress = [ProgressCallback(args.disable_tqdm)] if world.is_main else [] # printing is rank 0's
+    watching = [ProgressCallback(args.disable_tqdm)] if world.is_main else []   # printing is rank 0's
+    watching += [CheckReplicas(world, args.check_replicas)] if args.check_replicas else []
     if args.label_smoothing_factor and getattr(model, "label_smoothing", None) != args.label_smoothing_factor:
         raise UsageError("--label_smoothing_factor is for the built-in model: give your loss function's cross_entropy the smoothing instead")
     if unused := notice(args):
@@ -83,7 +79,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     optimizer = make_optimizer(model, args)                   # optim.py       <- your optimizer; after that
     parallel.shard(optimizer)                                 # zero.py        from here on it trains this rank's parts
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
-    run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*progress, *callbacks]),
+    run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*watching, *callbacks]),
               None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if checkpoint is not None:
@@ -116,33 +112,16 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} per rank")
 
 
-def print_sample(run: Run, train_set) -> None:
-    """A sample of what the model writes after the first byte of the data, and where everything is."""
-    args, state, world = run.args, run.state, run.world
-    saved = f"{args.output_dir}/checkpoint-{state.global_step}"
-    if args.sample_length:      # on all ranks, of which each may hold a part of the model
-        first = next(iter(train_set)) if run.args.streaming else train_set[0]
-        try:
-            with evaluating(run) as model:       # the averaged weights, with --ema_decay
-                tokens = generate(model, first["input_ids"][:1].to(world.device), args.sample_length)
-            text = bytes(t for t in tokens[1:].tolist() if t < 256).decode(errors="replace")
-        except UsageError as error:     # the run has ended well all the same
-            text = str(error)
-        print0(world, f"--- a sample of {args.sample_length} bytes\n{text}\n---")
-    print0(world, f"saved in {args.output_dir}: metrics.jsonl" + (f", checkpoint-{state.global_step}\nto write more: python -m tools.generate "
-                                                                 f"{saved} --prompt 'def '" if os.path.isdir(saved) else ""))
-
-
-def run_main(function, *args) -> None:
-    """Calls a program's main function; a user's mistake becomes one message and its exit code, without a traceback."""
-    try:
-        function(*args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+def print_end(run: Run) -> None:
+    folder, step = run.args.output_dir, run.state.global_step
+    if run.state.finished:
+        print0(run.world, f"{folder} is finished: {step} updates are done, and {run.state.max_steps} were asked for. "
+                          f"To go on, raise --max_steps or --num_train_epochs; to start another run, give a new --output_dir.")
+    elif run.args.save_strategy == "no":
+        print0(run.world, f"saved in {folder}: metrics.jsonl")
+    else:
+        print0(run.world, f"saved in {folder}: metrics.jsonl, checkpoint-{step}\n"
+                          f"to see what it writes: python -m tools.generate {folder} --prompt 'def '")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from recipes.optimizers import run as run_recipe
 from train import main as run_train
 
 DEFAULT = ["--per_device_train_batch_size", "16", "--warmup_steps", "10", "--weight_decay", "0.1", "--adam_beta2", "0.95", "--logging_steps", "20",
-           "--save_strategy", "no", "--sample_length", "0"]
+           "--save_strategy", "no"]
 RATES = {"adamw_torch_fused": "4e-3", "adamw_torch": "4e-3", "sgd": "0.3", "adafactor": "1e-2", "lion": "5e-4", "muon": "4e-3", "adamw_8bit": "4e-3",
          "schedule_free": "8e-3", "galore": "4e-3", "apollo": "4e-3"}
 SCHEDULES = {"linear": {}, "cosine": {}, "cosine_with_restarts": {"num_cycles": 2}, "polynomial": {}, "constant": {}, "constant_with_warmup": {},

@@ -5,7 +5,7 @@ from recipes.optimizers import OPTIMIZERS, run
 from state import UsageError
 from tests.toy import rows
 
-SMALL = ["--n_layer", "2", "--n_embd", "64", "--block_size", "32", "--logging_steps", "10", "--sample_length", "0", "--dropout", "0.1"]
+SMALL = ["--n_layer", "2", "--n_embd", "64", "--block_size", "32", "--logging_steps", "10", "--dropout", "0.1"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -205,7 +205,7 @@ def test_a_crash_while_replacing_a_checkpoint_leaves_one_of_the_two(tmp_path):
 def test_a_failing_write_is_exit_code_5_and_keeps_the_older_checkpoint(tmp_path):
     """A limit on file sizes stands for a full disk."""
     command = f"ulimit -f 60; {sys.executable} {ROOT}/train.py --n_layer 1 --n_embd 16 --block_size 16 --max_steps 3 --save_steps 1 " \
-              f"--sample_length 0 --output_dir {tmp_path}"
+              f"--output_dir {tmp_path}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 5 and "cannot write" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert list_checkpoints(tmp_path) == []
@@ -348,7 +348,7 @@ def test_weights_load_with_safetensors_alone(tmp_path):
 def test_a_killed_process_leaves_a_run_that_resumes_exactly(tmp_path):
     """Through the command line and SIGKILL, in the middle of training."""
     command = [sys.executable, str(ROOT / "train.py"), "--n_layer", "1", "--n_embd", "16", "--block_size", "16", "--max_steps", "200",
-               "--logging_steps", "5", "--save_steps", "20", "--sample_length", "0", "--dropout", "0.1"]
+               "--logging_steps", "5", "--save_steps", "20", "--dropout", "0.1"]
     subprocess.run([*command, "--output_dir", tmp_path / "whole"], check=True, capture_output=True)
     part = subprocess.Popen([*command, "--output_dir", tmp_path / "part"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list_checkpoints(tmp_path / "part"):

@@ -1,22 +1,21 @@
-"""Writes text with a saved model, by its averaged weights if it has them:   python -m tools.generate runs/default/checkpoint-600 --prompt 'def '"""
+"""Writes text with a saved model, by its averaged weights if it has them:   python -m tools.generate runs/default --prompt 'def '"""
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 import torch
 
 from args import TrainArgs
-from checkpoint import PartFiles, load_model, read_json, verify
+from checkpoint import PartFiles, list_checkpoints, load_model, read_json, verify
 from model import build_model, generate
-from state import UsageError
+from state import UsageError, run_main
 
 
 def main(argv: list[str] | None = None) -> str:
     """Prints and returns the prompt and its continuation; a zero byte, the end of a document, ends the text."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run, for its newest")
     parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     parser.add_argument("--length", type=int, default=500, help="bytes to write [%(default)s]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest byte [%(default)s]")
@@ -24,6 +23,8 @@ def main(argv: list[str] | None = None) -> str:
     flags = parser.parse_args(argv)
     if flags.length < 1 or not 0 <= flags.temperature < float("inf"):
         raise UsageError(f"--length {flags.length} must be at least 1, --temperature {flags.temperature} at least 0")
+    if steps := list_checkpoints(flags.checkpoint):       # the folder of a run: its newest
+        flags.checkpoint = os.path.join(flags.checkpoint, f"checkpoint-{steps[0]}")
     verify(flags.checkpoint)
     known = TrainArgs().to_dict().keys()
     model = build_model(TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known}))
@@ -44,8 +45,4 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_main(main)
