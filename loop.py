@@ -368,7 +368,7 @@ def stop_early(run: Run, meter: Meter) -> None:
     meter.save(last=True)
     run.callbacks.fire("on_train_end", run)
     reason = f"--max_time {run.args.max_time}" if code == 75 else signal.Signals(code - 128).name
-    run.world.status["reason"] = reason
+    write_status(run.args.output_dir, run.world, state="stopped", step=step, reason=reason, exit=code)
     if run.world.is_main:
         print(f"stopped by {reason} after update {step} of {run.state.max_steps}, saved in "
               f"{run.args.output_dir}/checkpoint-{step}\nto go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
