@@ -279,6 +279,7 @@ def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -
     ranks = [rank for rank, share in enumerate(run.world.gather(update.share).tolist()) if not math.isfinite(share)]
     where = f"the loss of rank {ranks[0]}" if ranks else "the gradient norm"
     in_a_row = f", {state.nonfinite_in_a_row} times in a row" if state.nonfinite_in_a_row > 1 else ""
+    meter.saver.finish()
     newest = [f"checkpoint-{saved}" for saved in list_checkpoints(args.output_dir)] or ["none yet"]
     run.callbacks.log(run, meter.row())
     skip = "" if args.on_nonfinite == "skip" else ", or --on_nonfinite skip to leave such updates out"
