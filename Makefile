@@ -1,5 +1,6 @@
 # make train: set up and run the default job.   make test: set up and run the tests.
-# make chaos: runs that are killed at random instants.   make parity: every combination of flags against the HF Trainer.   make bench: overhead and a table of losses.
+# make chaos: runs that are killed at random instants.   make parity: every combination of flags against the HF Trainer.
+# make bench: overhead and a table of losses.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
