@@ -1,10 +1,11 @@
 # make train: set up and run the default job.   make test: set up and run the tests.
-# make parity: every combination of flags against the HF Trainer.   make bench: overhead and a table of losses.
+# make chaos: runs that are killed at random instants.   make parity: every combination of flags against the HF Trainer.
+# make bench: overhead and a table of losses.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: train test parity lint bench clean
+.PHONY: train test chaos parity lint bench clean
 
 # the default job: a byte-level GPT on the source of Python's standard library, about two minutes on two CPU cores
 train: $(VENV)/train.done
@@ -16,6 +17,9 @@ train: $(VENV)/train.done
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1 $(RUN) -m pytest $(TESTS)
+
+chaos: $(VENV)/test.done
+	$(RUN) -m tools.chaos
 
 parity: $(VENV)/test.done
 	PARITY=full OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/parity
