@@ -41,7 +41,6 @@ import torch
 import torch._dynamo
 import torch.distributed.fsdp
 
-from args import TrainArgs
 from checkpoint import list_checkpoints
 from tests.toy import rows, timeless
 from train import main as train_main
@@ -49,10 +48,9 @@ from train import run_main
 
 ROOT = str(Path(__file__).parent.parent)
 DEADLINE_S, POLL_S = 180, 0.0005        # of every wait: only a hang takes as long
-BUILT = "save_async" in TrainArgs.__dataclass_fields__     # else: no async saves, no resuming by itself, and workers outlive their launcher
 # dropout, windows of 2 micro-batches, several epochs of uneven length, losses logged later than saved; half of the time is saving
 JOB = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --dropout 0.1 --max_steps 40 --per_device_train_batch_size 2 --learning_rate 1e-2 " \
-      "--gradient_accumulation_steps 2 --logging_steps 3 --eval_strategy steps --eval_steps 5 --save_steps 2 --save_total_limit 2 --sample_length 0"
+      "--gradient_accumulation_steps 2 --logging_steps 3 --eval_strategy steps --eval_steps 5 --save_steps 2 --save_total_limit 2"
 TEXT = "".join(f"{i} times {i} is {i * i}\n" for i in range(70))
 AUTO = ("--resume_from_checkpoint", "auto")
 
@@ -234,8 +232,7 @@ class Case:
 
     def argv(self, output_dir: str, turn: int, *more: str) -> list[str]:
         """The command line of a run; every other one saves asynchronously."""
-        save_async = ("--save_async", str(turn % 2 == 1)) if BUILT else ()
-        return [*JOB.split(), "--dataset", f"{self.folder}/text.txt", *self.flags, *save_async, *more, "--output_dir", output_dir]
+        return [*JOB.split(), "--dataset", f"{self.folder}/text.txt", *self.flags, "--save_async", str(turn % 2 == 1), *more, "--output_dir", output_dir]
 
 
 def strike(number: int, case: Case, kills: int, rng: random.Random, run: str, words, pids: list[int], turn: int) -> tuple[list[int], bool]:
@@ -308,7 +305,7 @@ def disturb_launch(what: str, folder: str, tally: Tally, kills: int, rng: random
     """Strikes, each after some progress. The launch goes on by itself if a worker dies; otherwise it may be launched again."""
     case = Case(folder, 2, ("--max_steps", str(24 + 24 * kills), *(("--ddp_timeout", "6") if what == "stopped" else ())))
     run, log, step = f"{folder}/run", f"{folder}/run.log", 0
-    launcher = torchrun(case.argv(run, 0, *(() if BUILT else AUTO)), log)
+    launcher = torchrun(case.argv(run, 0), log)      # without a flag
     while tally.kills < kills:
         until(lambda: any_ended(launcher) or newest(run) > step and len(workers(run)) == 2, f"progress of {run}")    # noqa: B023
         time.sleep(rng.random() / 4)
@@ -319,7 +316,7 @@ def disturb_launch(what: str, folder: str, tally: Tally, kills: int, rng: random
     codes = exit_codes(launcher, log)
     if what == "launcher":
         time.sleep(2)
-        if (orphans := workers(run)) and BUILT:
+        if orphans := workers(run):
             raise Miss(f"2 s after their launcher {len(orphans)} workers are alive")
         end_all(run)
     if codes != [0] and what != "worker":
