@@ -151,7 +151,7 @@ def open_world(args) -> Iterator[World]:
         world = World(rank, local_rank, world_size, device, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
                       node=int(os.environ.get("GROUP_RANK", "0")), writes=rank == 0 or args.save_on_each_node and local_rank == 0, on_exit=on_exit)
         check_same_start(world, args)
-        yield dataclasses.replace(world, device_mesh=open_mesh(args, rank, world_size, device))
+        yield dataclasses.replace(world, device_mesh=open_mesh(args, rank, world_size, device) if world_size > 1 else None)
 
 
 @contextlib.contextmanager
@@ -284,8 +284,8 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UsageError(f"{name} gives sparse gradients, which can be neither clipped nor reduced here: build it with sparse=False")
-    held_here = args.strategy == "ddp" or args.strategy == "hsdp" and world.local_world_size % world.device_mesh["shard"].size() == 0
-    if args.save_on_each_node and world.world_size > world.local_world_size and not held_here:
+    if args.save_on_each_node and world.world_size > world.local_world_size and args.strategy != "ddp" \
+            and not (args.strategy == "hsdp" and world.local_world_size % world.device_mesh["shard"].size() == 0):
         raise UsageError(f"--save_on_each_node needs all of the run on each host, and --strategy {args.strategy} splits it over hosts: give an output_dir that all "
                          f"hosts share, or --strategy ddp, or hsdp with groups within a host")
     if args.cpu_offload and world.world_size == 1:

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict
 
 from args import TrainArgs
-from checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import Saver, find_damage, load_checkpoint
 from data import Blocks
 from distributed import build_on, local_part, open_world, parallelize
 from model import GPT
@@ -62,15 +62,18 @@ class Ours(Subject):
     def __init__(self, args, world, millions):
         data = Blocks(torch.zeros(100, dtype=torch.uint8), torch.arange(0, 90, 10), 10)
         self.run, _, _ = assemble(args, world, build(world, millions), data)
-        self.model, self.optimizer = self.run.model, self.run.optimizer
+        self.model, self.optimizer, self.saver = self.run.model, self.run.optimizer, Saver(self.run)
 
     def save(self, path: str, step: int) -> None:
         self.run.state.global_step = step
-        save_checkpoint(self.run)
+        self.saver.save()
+
+    def finish(self) -> None:
+        self.saver.finish()
 
     def load(self, path: str) -> None:
-        self.run.args.resume_from_checkpoint = path
-        load_checkpoint(self.run, find_checkpoint(self.run.args, self.run.world))      # the latter checks the hashes
+        assert find_damage(path, self.run.world, False) == (None, False)       # all hashes are right
+        load_checkpoint(self.run, path)
 
 
 class OursBare(Ours):
@@ -170,7 +173,7 @@ def measure(row: str, millions: int, folder: str, loading: bool) -> dict:
     """Seconds and growth of memory of the saves, or of the load, of one rank in a fresh process."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # what dcp says to one process
     args = TrainArgs(output_dir=os.path.join(folder, "loading" if loading else "saving"), strategy="fsdp", max_steps=100, save_strategy="no",
-                     disable_tqdm=True, **({"save_async": True} if row == ASYNC else {}))
+                     disable_tqdm=True, save_async=row == ASYNC)
     with contextlib.redirect_stdout(io.StringIO()), open_world(args) as world:
         subject, found = ROWS[row](args, world, millions), []
         if loading:
@@ -309,8 +312,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows with this in their name")
     flags = parser.parse_args()
     pool.DEADLINE_S = 900.0
-    rows = [(row, n) for n in dict.fromkeys((flags.ranks, 1)) for row in ROWS if flags.only in row and (n == 1 or row != HF_ROW)
-            and (row != ASYNC or hasattr(TrainArgs, "save_async"))]
+    rows = [(row, n) for n in dict.fromkeys((flags.ranks, 1)) for row in ROWS if flags.only in row and (n == 1 or row != HF_ROW)]
     results = {(*row, loading): [] for row in rows for loading in (False, True)}
     with tempfile.TemporaryDirectory(dir=flags.dir) as top:
         for number in range(flags.rounds):
