@@ -142,13 +142,12 @@ class MuonAdamW(torch.optim.Optimizer):
     learning rate and weight decay. momentum, nesterov, ns_steps go to Muon."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **muon):
-        names = {p: name for name, p in model.named_parameters()}
+        matrices = {p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN.search(name)}
         decayed, plain = parameter_groups(model, weight_decay)
-        hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[p])]
+        hidden = [p for p in decayed["params"] if p in matrices]
         if not hidden:
             raise UsageError("--optim muon found no matrix inside a numbered layer (such as blocks.0.up.weight): use another optimizer")
-        chosen = set(hidden)
-        decayed["params"] = [p for p in decayed["params"] if p not in chosen]
+        decayed["params"] = [p for p in decayed["params"] if p not in matrices]
         self.muon = torch.optim.Muon([{"params": hidden, "whole": True}], lr=lr, weight_decay=weight_decay,
                                      **{"adjust_lr_fn": "match_rms_adamw", **muon})
         self.adamw = torch.optim.AdamW([{**decayed, "whole": False}, {**plain, "whole": False}], lr=lr, betas=betas, eps=eps, fused=True)
@@ -195,7 +194,6 @@ class EMA:
             self.set(kept)
         sync()      # not after an error on this rank alone: the others do not come
 
-    @torch.no_grad()
     def set(self, values: list[Tensor]) -> None:
         for p, value in zip(self.trained, values):
-            p.copy_(value)
+            p.detach().copy_(value)
