@@ -12,7 +12,7 @@ import torch
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
 from callbacks import Callbacks, ProgressCallback
-from checkpoint import find_checkpoint, load_checkpoint, load_state
+from checkpoint import find_checkpoint, load_checkpoint, load_state, read_json
 from collators import default_collator
 from data import Loader, build_data
 from distributed import World, build_on, open_world, parallelize, set_seed
@@ -23,7 +23,7 @@ from model import build_model, generate
 from optim import EMA, build_optimizer
 from precision import Precision
 from schedules import build_schedule, notice
-from state import Run, UsageError
+from state import Run, TrainState, UsageError
 
 
 def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
@@ -56,14 +56,15 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     collate = collate or default_collator
     checkpoint = checkpoint or find_checkpoint(args, world)
     vocab_size = getattr(model, "vocab_size", None)
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = None if args.train_sampling_strategy == "sequential" else args.seed if args.data_seed is None else args.data_seed
     train_loader = Loader(train_set, collate, args.per_device_train_batch_size, world.rank, world.world_size, seed,
-                          args.dataloader_drop_last, vocab_size)
+                          args.dataloader_drop_last, vocab_size, args.train_sampling_strategy == "group_by_length")
     eval_loader = None if eval_set is None else \
         Loader(eval_set, collate, args.per_device_eval_batch_size, world.rank, world.world_size, vocab_size=vocab_size)
     if eval_loader is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise UsageError(f"--eval_strategy {args.eval_strategy} needs held-out data, and there is none: give an eval_set")
     state = load_state(checkpoint)
+    check_order(args, state, train_loader, checkpoint)
     plan(args, state, train_loader)
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
     state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
@@ -88,6 +89,18 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     run.callbacks.open_log(run)
     run.callbacks.fire("on_init_end", run)
     return run, train_loader, eval_loader
+
+
+def check_order(args: TrainArgs, state: TrainState, loader: Loader, checkpoint: str | None) -> None:
+    """Refuses to go on in the middle of an epoch in another order: some of its samples would be seen twice, others never."""
+    if checkpoint is None or not state.samples_seen or loader.num_samples is None or loader.is_end(state.samples_seen):
+        return
+    saved, ranks = read_json(checkpoint, "args.json"), read_json(checkpoint, "state.json")["world_size"]
+    had, given = saved.get("train_sampling_strategy", "random"), args.train_sampling_strategy
+    had_size = saved["per_device_train_batch_size"] * ranks
+    if had != given or given == "group_by_length" and had_size != loader.round_size:
+        raise UsageError(f"--train_sampling_strategy {given} at {loader.round_size} samples (batch size x ranks): {checkpoint} is in the middle of "
+                         f"an epoch in another order, {had} at {had_size}; give what it had, or resume from a checkpoint at the end of an epoch")
 
 
 def print0(world: World, text: str) -> None:
