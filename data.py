@@ -12,10 +12,9 @@ import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ class Loader:
         batch = self.collate(samples)
         num_items = batch.get("num_items")
         if num_items is None or int(num_items) != num_items:
-            raise UsageError(f"the collator must return num_items, the whole number of label items its loss sums over, and not {num_items}: "
+            raise UsageError(f"the collator must return num_items, the whole number of label items its loss sums over, not {num_items}: "
                              f"add \"num_items\": int((labels != -100).sum()), or the number of samples")
         if self.vocab_size is not None:
             check_ids(batch, names, self.vocab_size)
@@ -208,8 +207,7 @@ class BlockStream:
 
 
 # ---------------------------------------------------------------------------------------------------- where tokens come from
-@dataclass
-class Data:
+class Data(NamedTuple):
     """Training and held-out samples, and one line that says what they are, with a digest of the training tokens."""
 
     train: Any
@@ -227,7 +225,8 @@ def build_data(args: TrainArgs) -> Data:
         return lambda: documents(rows, args.text_column)
     if args.streaming:
         data = Data(BlockStream(texts(args.dataset), *cut, "train" if by_hash else None, args.dataset),
-                    BlockStream(texts(eval_name), *cut, "eval" if by_hash else None, eval_name), f"{args.dataset}, streamed in its own order")
+                    BlockStream(texts(eval_name), *cut, "eval" if by_hash else None, eval_name),
+                    f"{args.dataset}, streamed in its own order")
     else:
         if args.dataset is None:
             tokens, evals, about = stdlib_tokens()

@@ -30,18 +30,20 @@ def evaluating(run: Run) -> Iterator[nn.Module]:
     model.eval()
     if hasattr(optimizer, "eval"):      # schedule-free optimizers evaluate other weights than they train
         optimizer.eval()
-        run.parallel.gather()
-    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place(run.parallel.gather)
+    others = run.ema is not None or hasattr(optimizer, "eval")
     try:
-        with torch.no_grad(), averaged, run.precision.evaluation_weights(model, run.state.in_training):
-            yield model
+        with torch.no_grad(), contextlib.nullcontext() if run.ema is None else run.ema.in_place():
+            if others:
+                run.parallel.gather()
+            with run.precision.evaluation_weights(model, run.state.in_training):
+                yield model
     finally:
         if hasattr(optimizer, "train"):
             optimizer.train()
         for module, training in modes:
             module.training = training
         set_rng_state(rng)
-    if hasattr(optimizer, "train"):
+    if others:
         run.parallel.gather()       # not after an error on this rank alone: the others do not come
     run.parallel.release()
 

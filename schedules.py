@@ -56,8 +56,8 @@ def cosine_with_min_lr(step: int, warmup: int, total: int, peak: float, min_lr: 
     return cosine(step, warmup, total, num_cycles) * (1 - rate) + rate
 
 
-def cosine_warmup_with_min_lr(step: int, warmup: int, total: int, peak: float, min_lr: float | None = None, min_lr_rate: float | None = None,
-                              num_cycles: float = 0.5, warmup_lr_rate: float | None = None) -> float:
+def cosine_warmup_with_min_lr(step: int, warmup: int, total: int, peak: float, min_lr: float | None = None,
+                              min_lr_rate: float | None = None, num_cycles: float = 0.5, warmup_lr_rate: float | None = None) -> float:
     """The same one update ahead: the warm-up starts above 0 (at `warmup_lr_rate` if given) and the minimum is used."""
     if step < warmup:
         return (step + 1) / warmup if warmup_lr_rate is None else warmup_lr_rate + (1 - warmup_lr_rate) * step / max(1, warmup - 1)
@@ -143,7 +143,8 @@ def build_schedule(args: TrainArgs, total: int) -> Callable[[int], float]:
         for name, value in kwargs.items():
             if name not in settings:
                 raise ValueError(f"it has no {name!r}; {kind} knows {', '.join(sorted(settings)) or 'none'}")
-            if settings[name].annotation != "str" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if settings[name].annotation != "str" and not number:
                 raise ValueError(f"{name} is {value!r}, expected a number")
         if missing := [name for name, p in settings.items() if p.default is p.empty and name not in kwargs]:
             raise ValueError(f"{kind} needs {missing[0]!r}, as in '{{\"{missing[0]}\": 100}}'")

@@ -99,8 +99,8 @@ def check_order(args: TrainArgs, state: TrainState, loader: Loader, checkpoint: 
     had, given = saved.get("train_sampling_strategy", "random"), args.train_sampling_strategy
     had_size = saved["per_device_train_batch_size"] * ranks
     if had != given or given == "group_by_length" and had_size != loader.round_size:
-        raise UsageError(f"--train_sampling_strategy {given} at {loader.round_size} samples (batch size x ranks): {checkpoint} is in the middle of "
-                         f"an epoch in another order, {had} at {had_size}; give what it had, or resume from a checkpoint at the end of an epoch")
+        raise UsageError(f"--train_sampling_strategy {given} at {loader.round_size} samples (batch size x ranks): {checkpoint} is in the "
+                         f"middle of an epoch in another order, {had} at {had_size}; give what it had, or resume where an epoch ends")
 
 
 def print0(world: World, text: str) -> None:

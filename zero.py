@@ -76,12 +76,12 @@ class Parallel:
         """pieces: of parameters by name, each with the place of its first element. They take the parameters' place in the optimizer's
         groups, where what other ranks train drops out; after each step the model's weights follow them."""
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if missing := [name for name, p in self.trained.items() if p not in held]:      # these would pile up gradients, and count in their norm
+        if missing := [name for name, p in self.trained.items() if p not in held]:      # their gradients would pile up
             raise UsageError(f"the optimizer trains {len(held)} parameters, and not {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}: "
                              f"put all into its groups, or set requires_grad to False on what is not to be trained")
         if self.split and optimizer.state:
-            raise UsageError(f"{type(optimizer).__module__}.{type(optimizer).__name__} makes its state before training, so it cannot be split "
-                             f"over ranks: use --strategy ddp")
+            raise UsageError(f"{type(optimizer).__module__}.{type(optimizer).__name__} makes its state before training, so it cannot be "
+                             f"split over ranks: use --strategy ddp")
         self.parts = [Part(name, *pieces[name], p.shape) for name, p in self.trained.items() if name in pieces]
         if self.split:
             piece_of = {self.trained[part.name]: part.piece for part in self.parts}
@@ -96,8 +96,8 @@ class Parallel:
     def end_window(self) -> None:
         """After the last micro-batch of a window, where there are several ranks: `give_grads` gives the pieces their gradients."""
         if new := [name for name, p in self.frozen.items() if p.requires_grad]:
-            raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for itself; "
-                             f"set requires_grad before, and freeze by a learning rate of 0")
+            raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for "
+                             f"itself; set requires_grad before, and freeze by a learning rate of 0")
         used = self.used
         if self.find_unused:
             used = {name for name, flag in zip(self.trained, self.world.max(*(name in used for name in self.trained))) if flag}
@@ -128,8 +128,9 @@ class Bucket:
         ranks, rank = (world.world_size, world.rank) if split else (1, 0)
         chunk, self.offsets = lay_out({name: p.numel() for name, p in parameters.items()}, whole, ranks, turn)
         self.parameters, self.split, self.size, self.first = parameters, split, ranks * chunk, rank * chunk
-        ends = {name: (max(start, self.first), min(start + parameters[name].numel(), self.first + chunk)) for name, start in self.offsets.items()}
-        self.ranges = {name: (start, stop) for name, (start, stop) in ends.items() if start < stop}      # of the bucket, in this rank's chunk
+        last = self.first + chunk
+        ends = {name: (max(start, self.first), min(start + parameters[name].numel(), last)) for name, start in self.offsets.items()}
+        self.ranges = {name: (start, stop) for name, (start, stop) in ends.items() if start < stop}      # of the bucket, in this chunk
         self.pieces = {name: parameters[name] for name in self.ranges}
         if split:
             self.flat = next(iter(parameters.values())).detach().new_zeros(self.size)

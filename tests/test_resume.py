@@ -94,12 +94,14 @@ class Texts(list):
 
 
 def pad(samples) -> dict:
-    batch = {key: torch.nn.utils.rnn.pad_sequence([sample[key] for sample in samples], True, 0 if key == "input_ids" else -100) for key in samples[0]}
+    batch = {key: torch.nn.utils.rnn.pad_sequence([sample[key] for sample in samples], True, value)
+             for key, value in (("input_ids", 0), ("labels", -100))}
     return {**batch, "num_items": int((batch["labels"] != -100).sum())}
 
 
 def grouped(output_dir, resume=None, **changes):
-    args = arguments(output_dir, **{**SETTINGS, "eval_strategy": "no", "train_sampling_strategy": "group_by_length", "resume_from_checkpoint": resume, **changes})
+    settings = {**SETTINGS, "eval_strategy": "no", "train_sampling_strategy": "group_by_length", "resume_from_checkpoint": resume}
+    args = arguments(output_dir, **{**settings, **changes})
     run = run_training(args, model=gpt(dropout=0.2), train_set=Texts(), collate=pad)
     return flat(run).tobytes(), rng_state(), run.state.to_dict() | {"log_bytes": 0}, [timeless(row) for row in rows(output_dir)]
 
