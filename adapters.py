@@ -23,24 +23,20 @@ def adapt(model: nn.Module, args) -> None:
         model.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)   # in place: no _orig_mod
 
 
-def input_embedding(model: nn.Module) -> nn.Module:
-    """A transformers model's own answer, or the first nn.Embedding."""
-    if hasattr(model, "get_input_embeddings"):
-        return model.get_input_embeddings()
-    found = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if found is None:
-        raise UsageError("--neftune_noise_alpha adds noise to token embeddings, and this model has no nn.Embedding: leave it away")
-    return found
-
-
 def add_neftune(model: nn.Module, alpha: float) -> None:
-    """Uniform noise in +-alpha / sqrt(T * C) on the embeddings (B, T, C) while training. Jain et al. 2023, algorithm 1."""
+    """Uniform noise in +-alpha / sqrt(T * C) on the embeddings (B, T, C) while training: on what a transformers model names, or
+    on the first nn.Embedding. Jain et al. 2023, algorithm 1."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else \
+        next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if embedding is None:
+        raise UsageError("--neftune_noise_alpha adds noise to token embeddings, and this model has no nn.Embedding: leave it away")
+
     def add_noise(module: nn.Module, inputs, output: Tensor) -> Tensor:
         if not module.training:
             return output
         size = alpha / torch.sqrt(torch.tensor(output.size(1) * output.size(2)))
         return output + torch.zeros_like(output).uniform_(-size, size)
-    input_embedding(model).register_forward_hook(add_noise)
+    embedding.register_forward_hook(add_noise)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

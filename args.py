@@ -44,6 +44,8 @@ class TrainArgs:
     eval_dataset: str | None = arg(None, "files or name of the held-out data (default: 5%% of the blocks of --dataset)")
     text_column: str = arg("text", "column that holds the text of JSON, CSV, Parquet and named data sets")
     streaming: bool = arg(False, "read --dataset lazily, in its own order; needs --max_steps")
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = arg(
+        "random", "order of an epoch: shuffled, that of the data, or shuffled with samples of like length together; a stream has its own", fixed=True)
     dataloader_drop_last: bool = arg(False, "leave out the last incomplete round of micro-batches of an epoch")
     # -- model (model.py)
     n_layer: int = arg(4, "transformer blocks", 1, 1000, fixed=True)
@@ -136,13 +138,14 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "resume": "use --resume_from_checkpoint", "run_name": "a run is named by its --output_dir", "no_cuda": "use --use_cpu",
     "evaluation_strategy do_eval": "use --eval_strategy", "do_train": "train.py always trains", "epochs": "use --num_train_epochs",
     "per_gpu_train_batch_size train_batch_size batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate",
-    "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "it has no successor yet",
+    "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "use --train_sampling_strategy",
     "train_file data": "use --dataset", "validation_file": "use --eval_dataset", "warmup_ratio": "use --warmup_steps with a ratio below 1",
     "gradient_checkpointing": "use --activation_checkpointing", "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp, or hsdp",
     "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "parallelism_config": "parallelism is in distributed.py",
     "fsdp_min_num_params": "use --fsdp_transformer_layer_cls_to_wrap", "ddp_backend": "leave it away: NCCL reduces on GPUs, gloo on CPUs", "sharding_strategy": "use --strategy",
     "ddp_static_graph": "there is no graph to keep static", "ddp_broadcast_buffers": "saved buffers are always rank 0's", "local_rank": "torchrun sets it in the environment",
     "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "tokenizer_name": "the built-in data is bytes",
+    "length_column_name": "--train_sampling_strategy group_by_length goes by the length of input_ids",
     "model_name_or_path": "the model is built in model.py", "remove_unused_columns": "the collator decides what the model gets",
     "dataloader_num_workers": "data is read in the training process", "dispatch_batches": "each rank reads its own data",
     "split_batches": "batch sizes are per rank", "accelerator_config": "batch sizes are per rank; see data.py", "adafactor": "use --optim",

@@ -1,6 +1,5 @@
-"""How samples become a micro-batch: a dict of tensors for the model plus `num_items`, which the collator counts because
-only it knows what the loss sums over.
-"""
+"""How samples become a micro-batch: a dict of tensors for the model plus `num_items`, which the collator counts because only it
+knows what the loss sums over."""
 from __future__ import annotations
 
 import torch
@@ -11,10 +10,8 @@ IGNORE = -100   # a label that weighs nothing, torch.nn.functional.cross_entropy
 
 
 def default_collator(samples: list[dict] | Batch) -> Batch:
-    """Stacks equally shaped samples; a data set with a batched `__getitems__` may hand over a finished batch instead.
-
-    num_items is the number of labels that are not -100 if `labels` are whole numbers, else the number of samples.
-    """
+    """Stacks equally shaped samples; a data set with a batched `__getitems__` may hand over a finished batch instead. num_items is the
+    number of labels that are not -100 if `labels` are whole numbers, else the number of samples."""
     if not isinstance(samples, dict):
         samples = {key: stack(key, [sample[key] for sample in samples]) for key in samples[0]}
     labels = samples.get("labels")

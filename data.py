@@ -1,7 +1,7 @@
 """Data: files to tokens, tokens to blocks, blocks to the micro-batches of one rank.
 
-The order of epoch e is `torch.randperm(n)` seeded with seed + e, and micro-batch i of it goes to rank i mod world_size, so
-every rank works out its own part alone and the number of samples seen is the whole position: a resumed run slices.
+Each rank works out alone the order of an epoch (`Loader.order`) and its own part, every N-th micro-batch on N ranks, so the number
+of samples seen is the whole position: a resumed run slices.
 To train on something else, change `build_data`; anything with `__len__` and `__getitem__` (or `__iter__`) goes through `Loader`.
 """
 from __future__ import annotations
@@ -11,10 +11,10 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,30 +27,33 @@ from state import Batch, UsageError
 # ---------------------------------------------------------------------------------------------------- micro-batches
 
 class Loader:
-    """The micro-batches of one rank, in an order that depends only on (seed, epoch).
+    """The micro-batches of one rank, in an order that depends only on (seed, epoch), with group_by_length on the round size too.
 
     dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order.
     collate: list of samples -> batch of tensors with `num_items`. seed: of the epoch orders; None reads in sequence.
-    vocab_size: if given, token ids in `input_ids` and same-shaped `labels` are checked against it.
+    vocab_size: if given, token ids in `input_ids` and same-shaped `labels` are checked against it. group_by_length: each sample
+    is read once at the start, for the length of its `input_ids`.
 
     All ranks get equally many micro-batches. A rank without samples in the last round gets one filler sample, marked by
     num_samples = 0, that the training and evaluation loops give no weight."""
 
     def __init__(self, dataset, collate: Callable[[Any], Batch], batch_size: int, rank: int = 0, world_size: int = 1,
-                 seed: int | None = None, drop_last: bool = False, vocab_size: int | None = None):
+                 seed: int | None = None, drop_last: bool = False, vocab_size: int | None = None, group_by_length: bool = False):
         self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
         self.rank, self.world_size, self.seed, self.drop_last = rank, world_size, seed, drop_last
         self.vocab_size = None if isinstance(dataset, Blocks) else vocab_size   # blocks are checked when they are cut
         self.round_size = batch_size * world_size       # samples of all ranks in one round of micro-batches
         stream = isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
         self.num_samples = None if stream else len(dataset)     # None: unknown
-        # by which a resumed run knows its data again; a data set may have a `digest` of its content
-        self.identity = f"{'a stream' if stream else f'{self.num_samples} samples'} {getattr(dataset, 'digest', '')}".strip()
         if self.num_samples == 0:
             raise UsageError("the data set is empty: it has 0 samples")
         if drop_last and self.num_samples is not None and self.num_samples < self.round_size:
             raise UsageError(f"--dataloader_drop_last leaves nothing of {self.num_samples} samples: one round of micro-batches "
                              f"takes {batch_size} samples x {world_size} ranks; use a smaller batch or keep the last round")
+        self.lengths = read_lengths(dataset, self.num_samples) if group_by_length and not isinstance(dataset, Blocks) else None
+        # by which a resumed run knows its data again, and an order that depends on more than the seed
+        self.identity = ("a stream" if stream else f"{self.num_samples} samples") + f" {getattr(dataset, 'digest', '')}".rstrip() \
+            + (f" grouped by length in rounds of {self.round_size}" if self.lengths is not None else "")
 
     def __len__(self) -> int:
         """Micro-batches per epoch, the same on every rank."""
@@ -78,9 +81,17 @@ class Loader:
             yield self.batch(mine if len(mine) else round_[:1], num_samples=len(mine), position=first)
 
     def order(self, epoch: int) -> Tensor:
+        """Sample numbers (n,) of a pass. group_by_length is the HF Trainer's, where its batch is a round: shuffled, sorted inside
+        megabatches of up to 50 rounds, and the longest sample of all first, so that memory runs out early or never."""
         if self.seed is None:
             return torch.arange(self.num_samples)
-        return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+        order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+        if self.lengths is not None:
+            megabatch = self.round_size * max(1, min(self.num_samples // (4 * self.round_size), 50))
+            order = torch.cat([part[self.lengths[part].argsort(descending=True, stable=True)] for part in order.split(megabatch)])
+            longest = int(self.lengths[order].argmax())
+            order[[0, longest]] = order[[longest, 0]]
+        return order
 
     def batch(self, mine: Tensor | list, num_samples: int, position: int) -> Batch:
         """The micro-batch of samples `mine`: of a stream the samples themselves, from `position` on, else their indices."""
@@ -91,15 +102,28 @@ class Loader:
             fetch = getattr(self.dataset, "__getitems__", None)
             samples = fetch(names) if fetch else [self.dataset[i] for i in names]
         batch = self.collate(samples)
-        if "num_items" not in batch:
-            raise UsageError("the collator must return num_items, the number of label items its loss sums over: "
-                             "add \"num_items\": int((labels != -100).sum()), or the number of samples")
-        num_items = int(batch["num_items"])
-        if num_items != batch["num_items"]:
-            raise UsageError(f"the collator returned num_items={batch['num_items']}: expected a whole number of label items")
+        num_items = batch.get("num_items")
+        if num_items is None or int(num_items) != num_items:
+            raise UsageError(f"the collator must return num_items, the whole number of label items its loss sums over, not {num_items}: "
+                             f"add \"num_items\": int((labels != -100).sum()), or the number of samples")
         if self.vocab_size is not None:
             check_ids(batch, names, self.vocab_size)
-        return {**batch, "num_items": num_items if num_samples else 0, "num_samples": num_samples}
+        return {**batch, "num_items": int(num_items) if num_samples else 0, "num_samples": num_samples}
+
+
+def read_lengths(dataset, num_samples: int | None) -> Tensor:
+    """The number of tokens of each sample, (n,)."""
+    wanted = "--train_sampling_strategy group_by_length needs samples that can be counted and have input_ids"
+    if num_samples is None:
+        raise UsageError(f"{wanted}, and the training data is a stream: give data with __len__ and __getitem__, or leave the flag away")
+    lengths = []
+    for i in range(num_samples):
+        sample = dataset[i]
+        if not isinstance(sample, Mapping) or "input_ids" not in sample:
+            found = f"has {', '.join(map(str, sample))}" if isinstance(sample, Mapping) else f"is a {type(sample).__name__}"
+            raise UsageError(f"{wanted}, and sample {i} {found}: give dicts with input_ids, or leave the flag away")
+        lengths.append(len(sample["input_ids"]))
+    return torch.tensor(lengths)
 
 
 def check_ids(batch: Batch, names, vocab_size: int) -> None:
@@ -160,9 +184,9 @@ class BlockStream:
     """The same blocks read lazily, one document after the other, in memory of one document and one block. documents: called for
     each pass, gives an iterator of bytes. part: "train" skips held-out blocks, "eval" keeps only them, None keeps all."""
 
-    def __init__(self, documents: Callable[[], Iterable[bytes]], block_size: int, vocab_size: int, part: str | None, what: str):
+    def __init__(self, documents: Callable[[], Iterable[bytes]], block_size: int, vocab_size: int, part: str | None, what: str, digest: str = ""):
         self.documents, self.block_size, self.vocab_size = documents, block_size, vocab_size
-        self.part, self.what = part, what
+        self.part, self.what, self.digest = part, what, digest
 
     def __iter__(self) -> Iterator[Batch]:
         T, buffer, seen = self.block_size, b"", 0
@@ -186,32 +210,28 @@ class BlockStream:
 
 
 # ---------------------------------------------------------------------------------------------------- where tokens come from
-@dataclass
-class Data:
-    """Training and held-out samples, one line that says what they are, and a digest of the training tokens (of a stream: of
-    the names and sizes of its files)."""
+class Data(NamedTuple):
+    """Training and held-out samples, and one line that says what they are, with a digest of the training tokens."""
 
     train: Any
     eval: Any
     about: str
-    digest: str
 
 
 def build_data(args: TrainArgs) -> Data:
     """The data of --dataset and --eval_dataset as blocks of bytes; by default Python's own source code."""
     cut = args.block_size, args.vocab_size
-    by_hash = args.eval_dataset is None     # then blocks of --dataset are held out
+    by_hash, eval_name = args.eval_dataset is None, args.eval_dataset or args.dataset     # by_hash: blocks of --dataset are held out
 
     def texts(name: str) -> Callable[[], Iterator[bytes]]:
         rows = read_rows(name, args)
         return lambda: documents(rows, args.text_column)
     if args.streaming:
-        name, part = (args.dataset, "eval") if by_hash else (args.eval_dataset, None)
         sizes = [os.path.getsize(file) for file in find_files(args.dataset) or []]
         digest = hashlib.sha256(repr((args.dataset, args.dataset_config_name, args.text_column, sizes)).encode()).hexdigest()[:16]
-        data = Data(BlockStream(texts(args.dataset), *cut, "train" if by_hash else None, args.dataset),
-                    BlockStream(texts(name), *cut, part, name), f"{args.dataset}, streamed in its own order", digest)
-        data.train.digest = digest
+        data = Data(BlockStream(texts(args.dataset), *cut, "train" if by_hash else None, args.dataset, digest),
+                    BlockStream(texts(eval_name), *cut, "eval" if by_hash else None, eval_name),
+                    f"{args.dataset}, streamed in its own order")
     else:
         if args.dataset is None:
             tokens, evals, about = stdlib_tokens()
@@ -229,7 +249,7 @@ def build_data(args: TrainArgs) -> Data:
             out_starts = block_starts(evals, *cut, args.eval_dataset or "held-out data")
         digest = hashlib.sha256(tokens.numpy()).hexdigest()[:16]
         data = Data(Blocks(tokens, starts, args.block_size, digest), Blocks(evals, out_starts, args.block_size) if len(out_starts) else None,
-                    f"{about}, sha256 {digest}", digest)
+                    f"{about}, sha256 {digest}")
     if data.eval is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise UsageError(f"{args.dataset}: no block fell to the held-out 5%: give --eval_dataset, or more data, or --eval_strategy no")
     return data
@@ -250,8 +270,7 @@ def stdlib_tokens() -> tuple[Tensor, Tensor, str]:
         about = f"source of torch {torch.__version__} and numpy {np.__version__}"
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     for name in files:
-        with open(name, "rb") as file:
-            parts[held_out(os.path.relpath(name, root).replace(os.sep, "/").encode())].append(file.read())
+        parts[held_out(os.path.relpath(name, root).replace(os.sep, "/").encode())].append(Path(name).read_bytes())
     train, evals = (to_tokens(b"\0" + b"\0".join(part) + b"\0") for part in parts.values())
     return train, evals, f"{about}: {len(files)} files, {len(train) + len(evals):,} bytes, split by file"
 

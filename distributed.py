@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from state import UsageError
-from zero import DataParallel, Parallel, Part, share, train_pieces, whole_parameters
+from zero import DataParallel, Parallel, share, whole_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -293,10 +293,7 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
         return FullySharded(model, args, world)
     model.to(world.device)
-    if world.world_size == 1:
-        return Parallel(model, world)
-    return DataParallel(model, world, args.strategy, args.strategy == "zero2" and not args.accumulate_unsharded,
-                        int(args.ddp_bucket_cap_mb * 2**20), args.ddp_find_unused_parameters, args.cpu_offload)
+    return Parallel(model, world) if world.world_size == 1 else DataParallel(model, args, world)
 
 
 def clip_grads(parallel: Parallel, max_norm: float) -> Tensor:
@@ -352,7 +349,6 @@ class FullySharded(Parallel):
         self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
         self.saves = args.save_on_each_node or world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
-        self.used: set[str] = set()
         self.units = [(name, unit) for name, unit in model.named_modules() if hasattr(unit, "reshard")]
         for name, unit in self.units:
             self.watch(name, unit)
@@ -368,24 +364,18 @@ class FullySharded(Parallel):
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives the optimizer this rank's shards to train, and of parameters that must not be cut every N-th one whole."""
-        self.check_held(optimizer)
-        together = whole_parameters(optimizer)
-        names = {p: name for name, p in self.trained.items()}
+        together, shapes = whole_parameters(optimizer), {}
+        for name, p in self.trained.items():
+            if p in together:
+                shapes.setdefault(p.shape, []).append(name)
+        for names in shapes.values():
+            for start in range(0, len(names), self.group.size()):
+                some = {name: self.trained[name] for name in names[start:start + self.group.size()]}
+                self.exchanges.append(Exchange(some, self.group, turn=sum(len(e.owners) for e in self.exchanges)))
         self.shards = {name: nn.Parameter(local_part(p)[0]) for name, p in self.trained.items() if p not in together}
-        shapes: dict[torch.Size, list[Tensor]] = {}
-        for p in filter(together.__contains__, names):
-            shapes.setdefault(p.shape, []).append(p)
-        for same in shapes.values():
-            for start in range(0, len(same), self.group.size()):
-                some = same[start:start + self.group.size()]
-                self.exchanges.append(Exchange([names[p] for p in some], some, self.group, turn=sum(len(e.names) for e in self.exchanges)))
-        pieces = self.shards | {exchange.name: exchange.piece for exchange in self.exchanges if exchange.name}
-        self.parts = [Part(name, pieces[name], local_part(p)[1] if name in self.shards else 0, p.shape)
-                      for name, p in self.trained.items() if name in pieces]
         self.adopt()
-        train_pieces(optimizer, {self.trained[name]: piece for name, piece in pieces.items()})
-        if self.exchanges:
-            optimizer.register_step_post_hook(lambda *_: self.gather())
+        self.train_pieces(optimizer, {name: (piece, local_part(self.trained[name])[1]) for name, piece in self.shards.items()} |
+                          {exchange.name: (exchange.piece, 0) for exchange in self.exchanges if exchange.name})
 
     @contextlib.contextmanager
     def grad_sync(self, last: bool) -> Iterator[None]:
@@ -395,64 +385,62 @@ class FullySharded(Parallel):
         if last:
             self.end_window()
 
-    def give_grads(self) -> None:
-        """Gives the pieces their gradients. A parameter that no rank has used has none, so it is left as it is."""
-        used = dict(zip(self.trained, self.world.max(*(name in self.used for name in self.trained))))
+    def give_grads(self, used: set[str]) -> None:
         grads = {name: None if p.grad is None else p.grad.to_local() for name, p in self.trained.items()}
         for name, piece in self.shards.items():
-            piece.data, piece.grad = local_part(self.trained[name])[0], grads[name] if used[name] else None
+            piece.data, piece.grad = local_part(self.trained[name])[0], grads[name] if name in used else None
         for exchange in self.exchanges:
-            whole_grad = exchange.to_owners([grads[name] for name in exchange.names])
-            if exchange.name:
-                exchange.piece.grad = whole_grad if used[exchange.name] else None
+            whole_grad = exchange.to_owners(grads)
+            exchange.piece.grad = whole_grad if exchange.name in used else None
         for p in self.trained.values():
             p.grad = None
-        self.used.clear()
 
     def gather(self) -> None:
-        """Weights are gathered where they are used. Here whole matrices go back to their shards, and what an evaluation has left
-        gathered is let go."""
+        """Whole matrices go back to their shards; all other weights are gathered where they are used."""
         for exchange in self.exchanges:
             exchange.to_shards()
+        self.release()
+
+    def release(self) -> None:
         for _, unit in self.units:
             unit.reshard()
 
     def adopt(self) -> None:
         """Brings whole matrices up to date with their shards; the other pieces are the shards."""
         for exchange in self.exchanges:
-            whole_weight = exchange.to_owners([local_part(p)[0] for p in exchange.parameters])
+            whole_weight = exchange.to_owners({name: local_part(p)[0] for name, p in exchange.parameters.items()})
             if exchange.name:
                 exchange.piece.data = whole_weight
 
 
 class Exchange:
-    """Up to N sharded parameters of one shape on N ranks, each of which updates one of them as a whole (Muon, Adafactor).
+    """Up to N sharded parameters of one shape on N ranks, each of which updates one of them as a whole (Muon, Adafactor). An all-to-all
+    brings each rank the shards of its parameter's gradient; after the update another brings the weights back."""
 
-    An all-to-all brings each rank the shards of its parameter's gradient; after the update another brings the weights back."""
+    def __init__(self, parameters: dict[str, Tensor], group, turn: int):
+        first = next(iter(parameters.values()))
+        self.parameters, self.group, self.shape = parameters, group, first.shape
+        self.owners = {name: (turn + i) % group.size() for i, name in enumerate(parameters)}    # turn: so that all own about equally many
+        self.name = next((name for name, rank in self.owners.items() if rank == group.rank()), "")      # of this rank's parameter
+        self.piece = nn.Parameter(torch.empty(self.shape if self.name else 0, dtype=first.dtype, device=local_part(first)[0].device))
 
-    def __init__(self, names: list[str], parameters: list[Tensor], group, turn: int):
-        self.names, self.parameters, self.group, self.shape = names, parameters, group, parameters[0].shape
-        self.turn = turn        # the rank that owns the first, so that all own about equally many
-        mine = (group.rank() - turn) % group.size()
-        self.name = names[mine] if mine < len(names) else ""        # of this rank's parameter
-        self.piece = nn.Parameter(torch.empty(self.shape if self.name else 0, dtype=parameters[0].dtype, device=local_part(parameters[0])[0].device))
-        self.rows = -(-self.shape[0] // group.size())       # of a shard; the last ones may have fewer
+    def buffer(self) -> Tensor:
+        """A shard for each rank, (N, rows, ...); the last ones may have fewer rows."""
+        size = self.group.size()
+        return self.piece.detach().new_zeros(size, -(-self.shape[0] // size), *self.shape[1:])
 
     def swap(self, rows: Tensor) -> Tensor:
-        """rows[j] of this rank, in (N, rows, ...), goes to rank j; what comes from rank j has its place."""
+        """rows[j] of this rank goes to rank j; what comes from rank j has its place."""
         received = torch.empty_like(rows)
         dist.all_to_all_single(received, rows, group=self.group)
         return received
 
-    def buffer(self) -> Tensor:
-        return self.piece.detach().new_zeros(self.group.size(), self.rows, *self.shape[1:])
-
-    def to_owners(self, shards: list[Tensor | None]) -> Tensor:
+    def to_owners(self, shards: dict[str, Tensor | None]) -> Tensor:
         """This rank's shards of all parameters -> the whole of its own one."""
         rows = self.buffer()
-        for i, shard in enumerate(shards):
-            if shard is not None:
-                rows[(i + self.turn) % self.group.size(), :len(shard)] = shard
+        for name, rank in self.owners.items():
+            if shards[name] is not None:
+                rows[rank, :len(shards[name])] = shards[name]
         return self.swap(rows).flatten(0, 1)[:self.shape[0]]
 
     def to_shards(self) -> None:
@@ -461,9 +449,9 @@ class Exchange:
         if self.name:
             rows.flatten(0, 1)[:self.shape[0]] = self.piece.detach()
         rows = self.swap(rows)
-        for i, p in enumerate(self.parameters):
-            shard = local_part(p)[0]
-            shard.copy_(rows[(i + self.turn) % self.group.size(), :len(shard)])
+        for name, rank in self.owners.items():
+            shard = local_part(self.parameters[name])[0]
+            shard.copy_(rows[rank, :len(shard)])
 
 
 def check_shardable(model: nn.Module, units: list[nn.Module], args) -> None:
@@ -482,9 +470,8 @@ def check_shardable(model: nn.Module, units: list[nn.Module], args) -> None:
 
 
 def find_units(model: nn.Module, class_names: str | None) -> list[nn.Module]:
-    """What FSDP gathers at a time: the modules of the classes named, or .blocks, or those a transformers model does not split.
-
-    Inner ones first, as fully_shard wants them; none: the whole model is one unit."""
+    """What FSDP gathers at a time: the modules of the classes named, or .blocks, or those a transformers model does not split. Inner
+    ones first, as fully_shard wants them; none: the whole model is one unit."""
     if class_names is None and hasattr(model, "blocks"):
         return list(model.blocks)
     names = getattr(model, "_no_split_modules", None) or () if class_names is None else class_names.split(",")
@@ -502,7 +489,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     filled: set[Tensor] = set()
     for name, module in model.named_modules():
         sharded = dict(module.named_parameters(recurse=False))
-        if not sharded and not any(True for _ in module.buffers(recurse=False)):
+        if not sharded and next(module.buffers(recurse=False), None) is None:
             continue
         if not hasattr(module, "reset_parameters"):
             raise UsageError(f"{name or 'the model'} ({type(module).__name__}) was built on the meta device and has no reset_parameters() to give it "

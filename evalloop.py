@@ -28,28 +28,31 @@ def evaluating(run: Run) -> Iterator[nn.Module]:
     model, optimizer, rng = run.model, run.optimizer, rng_state()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    if hasattr(optimizer, "eval"):
+    if hasattr(optimizer, "eval"):      # schedule-free optimizers evaluate other weights than they train
         optimizer.eval()
-        run.parallel.gather()
-    averaged = contextlib.nullcontext() if run.ema is None else run.ema.in_place(run.parallel.gather)
+    others = run.ema is not None or hasattr(optimizer, "eval")
     try:
-        with torch.no_grad(), averaged, run.precision.evaluation_weights(model, run.state.in_training):
-            yield model
+        with torch.no_grad(), contextlib.nullcontext() if run.ema is None else run.ema.in_place():
+            if others:
+                run.parallel.gather()
+            with run.precision.evaluation_weights(model, run.state.in_training):
+                yield model
     finally:
         if hasattr(optimizer, "train"):
             optimizer.train()
         for module, training in modes:
             module.training = training
         set_rng_state(rng)
-    run.parallel.gather()       # not after an error on this rank alone: the others do not come
+    if others:
+        run.parallel.gather()       # not after an error on this rank alone: the others do not come
+    run.parallel.release()
 
 
 def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Callable[[Tensor, Tensor], dict] | None = None,
              predict_fn: PredictFn = model_outputs, prefix: str = "eval") -> dict[str, float]:
-    """Loss and metrics over the whole data set, logged, and given to on_evaluate.
-
-    {prefix}_loss is the sum of losses over the sum of label items, over all ranks: no batching can change it.
-    compute_metrics(predictions, labels) gets the CPU tensors (n, ...) of all ranks in data order, on every rank."""
+    """Loss and metrics over the whole data set, logged, and given to on_evaluate. {prefix}_loss is the sum of losses over the sum of
+    label items, over all ranks: no batching can change it. compute_metrics(predictions, labels) gets the CPU tensors (n, ...) of all
+    ranks in data order, on every rank."""
     start, world = time.perf_counter(), run.world
     loss_sum = torch.zeros((), dtype=torch.float64)
     num_items = num_samples = num_batches = 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +85,10 @@ class Adafactor(torch.optim.Optimizer):
                     continue
                 state, grad = self.state[p], p.grad.to(torch.promote_types(p.dtype, torch.float32))
                 if not state:
-                    state["step"] = torch.zeros(())
-                    if p.ndim >= 2:
-                        state["row"], state["column"] = grad.new_zeros(p.shape[:-1]), grad.new_zeros(p.shape[:-2] + p.shape[-1:])
-                    else:
-                        state["square"] = torch.zeros_like(grad)
+                    shapes = {"row": p.shape[:-1], "column": p.shape[:-2] + p.shape[-1:]} if p.ndim >= 2 else {"square": p.shape}
                     if group["beta1"] is not None:
-                        state["exp_avg"] = torch.zeros_like(grad)
+                        shapes["exp_avg"] = p.shape
+                    state.update({name: grad.new_zeros(shape) for name, shape in shapes.items()}, step=torch.zeros(()))
                 state["step"] += 1
                 decay = 1.0 - math.pow(state["step"].item(), group["decay_rate"])     # a CPU tensor: no device is waited for
                 square = grad**2 + group["eps"]
@@ -142,13 +139,12 @@ class MuonAdamW(torch.optim.Optimizer):
     learning rate and weight decay. momentum, nesterov, ns_steps go to Muon."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **muon):
-        names = {p: name for name, p in model.named_parameters()}
+        matrices = {p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN.search(name)}
         decayed, plain = parameter_groups(model, weight_decay)
-        hidden = [p for p in decayed["params"] if p.ndim == 2 and HIDDEN.search(names[p])]
+        hidden = [p for p in decayed["params"] if p in matrices]
         if not hidden:
             raise UsageError("--optim muon found no matrix inside a numbered layer (such as blocks.0.up.weight): use another optimizer")
-        chosen = set(hidden)
-        decayed["params"] = [p for p in decayed["params"] if p not in chosen]
+        decayed["params"] = [p for p in decayed["params"] if p not in matrices]
         self.muon = torch.optim.Muon([{"params": hidden, "whole": True}], lr=lr, weight_decay=weight_decay,
                                      **{"adjust_lr_fn": "match_rms_adamw", **muon})
         self.adamw = torch.optim.AdamW([{**decayed, "whole": False}, {**plain, "whole": False}], lr=lr, betas=betas, eps=eps, fused=True)
@@ -184,18 +180,15 @@ class EMA:
         self.average(averages, [p.detach().to(a.dtype) for p, a in zip(self.trained, averages)], None)
 
     @contextlib.contextmanager
-    def in_place(self, sync: Callable[[], None]) -> Iterator[None]:
-        """The pieces have the averages for weights, to evaluate them; then their own again. `sync`: has the model follow."""
+    def in_place(self) -> Iterator[None]:
+        """The pieces have the averages for weights, to evaluate them; then their own again."""
         kept = [p.detach().clone() for p in self.trained]
         self.set([part.piece for part in self.parts])
-        sync()
         try:
             yield
         finally:
             self.set(kept)
-        sync()      # not after an error on this rank alone: the others do not come
 
-    @torch.no_grad()
     def set(self, values: list[Tensor]) -> None:
         for p, value in zip(self.trained, values):
-            p.copy_(value)
+            p.detach().copy_(value)

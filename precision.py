@@ -53,11 +53,16 @@ class Precision:
         """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped. Where the device skips
         by itself the answer is always True; `find_nonfinite` tells one update later."""
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        if self.scaler.is_enabled():            # the scaler waits for the device anyhow
+        if self.device_skips(optimizer):
+            optimizer.found_inf = (~finite).float()
+            optimizer.step()
+            return True
+        if finite:
+            optimizer.step()
+        if self.scaler.is_enabled():
             # The scaler's own step and update go by this rank's gradients alone. All ranks have to agree, so the norm decides.
             state = self.scaler.state_dict()
             if finite:
-                optimizer.step()
                 state["_growth_tracker"] += 1
                 if state["_growth_tracker"] == state["growth_interval"]:
                     state["scale"], state["_growth_tracker"] = state["scale"] * state["growth_factor"], 0
@@ -65,12 +70,6 @@ class Precision:
                 state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
             self.scaler.load_state_dict(state)
             self.scaler.update(state["scale"])      # and forgets these gradients
-        elif self.device_skips(optimizer):
-            optimizer.found_inf = (~finite).float()
-            optimizer.step()
-            return True
-        elif finite:
-            optimizer.step()
         return bool(finite)
 
     def find_nonfinite(self, step: int, update: Update) -> tuple[int, Update] | None:

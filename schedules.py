@@ -47,17 +47,21 @@ def cosine_with_restarts(step: int, warmup: int, total: int, num_cycles: int = 1
     return 0.0 if done >= 1.0 else wave(0.5, num_cycles * done % 1.0)
 
 
-def cosine_with_min_lr(step: int, warmup: int, total: int, min_lr_rate: float, num_cycles: float = 0.5) -> float:
-    """A cosine down to `min_lr_rate`, where it stays (the HF Trainer's rises again after `total`)."""
-    return cosine(step, warmup, total, num_cycles) * (1 - min_lr_rate) + min_lr_rate
+def cosine_with_min_lr(step: int, warmup: int, total: int, peak: float, min_lr: float | None = None, min_lr_rate: float | None = None,
+                       num_cycles: float = 0.5) -> float:
+    """A cosine down to the learning rate `min_lr`, or to `min_lr_rate` of the peak, where it stays (the HF Trainer's rises again)."""
+    if (min_lr is None) == (min_lr_rate is None):
+        raise ValueError('it needs one of "min_lr" and "min_lr_rate"')
+    rate = min_lr / peak if min_lr_rate is None else min_lr_rate
+    return cosine(step, warmup, total, num_cycles) * (1 - rate) + rate
 
 
-def cosine_warmup_with_min_lr(step: int, warmup: int, total: int, min_lr_rate: float, num_cycles: float = 0.5,
-                              warmup_lr_rate: float | None = None) -> float:
+def cosine_warmup_with_min_lr(step: int, warmup: int, total: int, peak: float, min_lr: float | None = None,
+                              min_lr_rate: float | None = None, num_cycles: float = 0.5, warmup_lr_rate: float | None = None) -> float:
     """The same one update ahead: the warm-up starts above 0 (at `warmup_lr_rate` if given) and the minimum is used."""
     if step < warmup:
         return (step + 1) / warmup if warmup_lr_rate is None else warmup_lr_rate + (1 - warmup_lr_rate) * step / max(1, warmup - 1)
-    return cosine_with_min_lr(step + 1, warmup, total, min_lr_rate, num_cycles)
+    return cosine_with_min_lr(step + 1, warmup, total, peak, min_lr, min_lr_rate, num_cycles)
 
 
 def polynomial(step: int, warmup: int, total: int, peak: float, power: float = 1.0, lr_end: float = 1e-7) -> float:
@@ -133,28 +137,24 @@ def build_schedule(args: TrainArgs, total: int) -> Callable[[int], float]:
     kind, kwargs, peak = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {}), args.learning_rate
     warmup = math.ceil(args.warmup_steps * total) if args.warmup_steps < 1 else int(args.warmup_steps)
     target = Plateau if kind == "reduce_lr_on_plateau" else SHAPES[kind]
-    settings = {name: p for name, p in inspect.signature(target).parameters.items() if name not in ("step", "warmup", "total", "peak")}
-    known = [*settings, "min_lr"] if "min_lr_rate" in settings else list(settings)
+    parameters = inspect.signature(target).parameters
+    settings = {name: p for name, p in parameters.items() if name not in ("step", "warmup", "total", "peak")}
     try:
         for name, value in kwargs.items():
-            if name not in known:
-                raise ValueError(f"it has no {name!r}; {kind} knows {', '.join(sorted(known)) or 'none'}")
-            is_word = name in settings and settings[name].annotation == "str"
-            if not is_word and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+            if name not in settings:
+                raise ValueError(f"it has no {name!r}; {kind} knows {', '.join(sorted(settings)) or 'none'}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if settings[name].annotation != "str" and not number:
                 raise ValueError(f"{name} is {value!r}, expected a number")
-        if "min_lr_rate" in settings and ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
-            raise ValueError(f'{kind} needs one of "min_lr" and "min_lr_rate"')
-        if "min_lr_rate" in settings and "min_lr" in kwargs:
-            kwargs["min_lr_rate"] = kwargs.pop("min_lr") / peak
         if missing := [name for name, p in settings.items() if p.default is p.empty and name not in kwargs]:
             raise ValueError(f"{kind} needs {missing[0]!r}, as in '{{\"{missing[0]}\": 100}}'")
-        if kind == "polynomial":
+        if "peak" in parameters:
             kwargs["peak"] = peak
 
         def schedule(step: int) -> float:
             return peak * (step / warmup if step < warmup and kind not in OWN_WARMUP else target(step, warmup, total, **kwargs))
         if target is Plateau:
-            schedule = Plateau(peak, **kwargs)
+            schedule = Plateau(**kwargs)
         for step in (0, warmup, total // 2, total):     # wrong values show here and not in the middle of a run
             schedule(step)
     except (ValueError, TypeError, KeyError, ZeroDivisionError, OverflowError) as error:

@@ -53,9 +53,9 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     if checkpoint == "find":
         checkpoint = find_checkpoint(args, world)
     vocab_size = getattr(model, "vocab_size", None)
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = None if args.train_sampling_strategy == "sequential" else args.seed if args.data_seed is None else args.data_seed
     train_loader = Loader(train_set, collate, args.per_device_train_batch_size, world.rank, world.world_size, seed,
-                          args.dataloader_drop_last, vocab_size)
+                          args.dataloader_drop_last, vocab_size, args.train_sampling_strategy == "group_by_length")
     eval_loader = None if eval_set is None else \
         Loader(eval_set, collate, args.per_device_eval_batch_size, world.rank, world.world_size, vocab_size=vocab_size)
     if eval_loader is None and (args.eval_strategy != "no" or args.eval_on_start):

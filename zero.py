@@ -55,103 +55,119 @@ class Parallel:
     """How the training of a model is spread over ranks. This one is for one process: nothing is sent or split.
 
     parts: what this rank's optimizer trains, in the order of the model's parameters. saves: whether these belong into a checkpoint,
-    which they do not if another rank holds the same. split: whether other ranks train other parts."""
+    which they do not if another rank holds the same. split: whether other ranks train other parts. find_unused: allow parameters that
+    a loss does not use. One that no rank has used is left alone, as in one process."""
 
-    def __init__(self, model: nn.Module, world: World, split: bool = False):
-        self.model, self.world, self.split, self.saves = model, world, split, split or world.writes
+    def __init__(self, model: nn.Module, world: World, split: bool = False, find_unused: bool = True):
+        self.model, self.world, self.split, self.saves, self.find_unused = model, world, split, split or world.writes, find_unused
         self.parts: list[Part] = []
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.used: set[str] = set()     # parameters that got a gradient in this window, on this rank
         # what changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's
         saved = model.state_dict(keep_vars=True)
         self.shared_buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Has an optimizer that was built on the bare model train what this rank holds."""
-        self.check_held(optimizer)
-        self.parts = [Part(name, p, 0, p.shape) for name, p in self.trained.items()]
+        self.train_pieces(optimizer, {name: (p, 0) for name, p in self.trained.items()})
+
+    def train_pieces(self, optimizer: torch.optim.Optimizer, pieces: dict[str, tuple[Tensor, int]]) -> None:
+        """pieces: of parameters by name, each with the place of its first element. They take the parameters' place in the optimizer's
+        groups, where what other ranks train drops out; after each step the model's weights follow them."""
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if missing := [name for name, p in self.trained.items() if p not in held]:      # their gradients would pile up
+            raise UsageError(f"the optimizer trains {len(held)} parameters, and not {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}: "
+                             f"put all into its groups, or set requires_grad to False on what is not to be trained")
+        if self.split and optimizer.state:
+            raise UsageError(f"{type(optimizer).__module__}.{type(optimizer).__name__} makes its state before training, so it cannot be "
+                             f"split over ranks: use --strategy ddp")
+        self.parts = [Part(name, *pieces[name], p.shape) for name, p in self.trained.items() if name in pieces]
+        if self.split:
+            piece_of = {self.trained[part.name]: part.piece for part in self.parts}
+            for group in optimizer.param_groups:
+                group["params"] = [piece_of[p] for p in group["params"] if p in piece_of]
+            optimizer.register_step_post_hook(lambda *_: self.gather())
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of one micro-batch. After the last of a window the parts have their gradients, means over ranks."""
         return contextlib.nullcontext()
 
-    def check_held(self, optimizer: torch.optim.Optimizer) -> None:
-        """What no optimizer trains would pile up gradients, and count in their norm."""
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        if missing := [name for name, p in self.trained.items() if p not in held]:
-            raise UsageError(f"the optimizer trains {len(held)} parameters, and not {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}: "
-                             f"put all into its groups, or set requires_grad to False on what is not to be trained")
-
-    def check_trained(self) -> None:
-        """A parameter that is unfrozen in between would be reduced by nobody."""
-        if new := [name for name, p in self.model.named_parameters() if p.requires_grad and name not in self.trained]:
-            raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for itself; "
-                             f"set requires_grad before, and freeze by a learning rate of 0")
-
     def end_window(self) -> None:
-        """After the last micro-batch of a window, where there are several ranks."""
-        self.check_trained()
-        self.give_grads()
+        """After the last micro-batch of a window, where there are several ranks: `give_grads` gives the pieces their gradients."""
+        if new := [name for name, p in self.frozen.items() if p.requires_grad]:
+            raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for "
+                             f"itself; set requires_grad before, and freeze by a learning rate of 0")
+        used = self.used
+        if self.find_unused:
+            used = {name for name, flag in zip(self.trained, self.world.max(*(name in used for name in self.trained))) if flag}
+        elif unused := sorted(self.trained.keys() - used):
+            raise UsageError(f"the loss does not use {', '.join(unused[:5])}: leave --ddp_find_unused_parameters at True, "
+                             f"or set requires_grad to False on what is never trained")
+        self.give_grads(used)
+        self.used.clear()
         share(self.shared_buffers)
 
     def gather(self) -> None:
-        """Has the model's weights follow the parts, when something other than optimizer.step has changed these; after evaluations too."""
+        """Has the model's weights follow the parts, when something has changed these."""
+
+    def release(self) -> None:
+        """Lets go of the weights of other ranks that an evaluation has left here."""
 
     def adopt(self) -> None:
         """Has the parts follow the model's weights, when these were loaded."""
 
 
 class Bucket:
-    """Parameters whose gradients are reduced together, last ones of the model first, as backward gets to them.
+    """Parameters, by name, whose gradients are reduced together, last ones of the model first, as backward gets to them.
 
-    split: `flat` (world_size * chunk,) holds their weights, `mine` (chunk,) is this rank's part of it, and `held` is what the
-    optimizer updates: `mine`, or a copy on the CPU (ZeRO-Offload, Ren et al. 2021). Not split: a chunk is all, and nothing moves.
-    """
+    split: `flat` (ranks * chunk,) holds their weights, `mine` (chunk,) is this rank's part of it, and `held` is what the
+    optimizer updates: `mine`, or a copy on the CPU (ZeRO-Offload, Ren et al. 2021). Not split: a chunk is all, and nothing moves."""
 
-    def __init__(self, parameters: list[Tensor], world: World, split: bool, whole: bool, offload: bool, turn: int):
-        self.parameters, self.split = parameters, split
-        chunk, self.offsets = lay_out([p.numel() for p in parameters], whole, world.world_size if split else 1, turn)
-        self.size, self.first = chunk * (world.world_size if split else 1), world.rank * chunk if split else 0
-        # the parameters in this rank's chunk: (index, first and last element in the bucket)
-        ends = [(i, max(o, self.first), min(o + p.numel(), self.first + chunk)) for i, (p, o) in enumerate(zip(parameters, self.offsets))]
-        self.ranges = [(index, start, stop) for index, start, stop in ends if start < stop]
-        self.pieces = [parameters[index] for index, _, _ in self.ranges]
+    def __init__(self, parameters: dict[str, Tensor], world: World, split: bool, whole: bool, offload: bool, turn: int):
+        ranks, rank = (world.world_size, world.rank) if split else (1, 0)
+        chunk, self.offsets = lay_out({name: p.numel() for name, p in parameters.items()}, whole, ranks, turn)
+        self.parameters, self.split, self.size, self.first = parameters, split, ranks * chunk, rank * chunk
+        last = self.first + chunk
+        ends = {name: (max(start, self.first), min(start + parameters[name].numel(), last)) for name, start in self.offsets.items()}
+        self.ranges = {name: (start, stop) for name, (start, stop) in ends.items() if start < stop}      # of the bucket, in this chunk
+        self.pieces = {name: parameters[name] for name in self.ranges}
         if split:
-            self.flat = parameters[0].detach().new_zeros(self.size)
-            for index, p in enumerate(parameters):
-                p.data = self.slot(self.flat, index).copy_(p.detach())
+            self.flat = next(iter(parameters.values())).detach().new_zeros(self.size)
+            for name, p in parameters.items():
+                p.data = self.slot(self.flat, name).copy_(p.detach())
             self.mine = self.flat[self.first:self.first + chunk]
             self.held = self.mine.to("cpu", copy=True) if offload else self.mine
-            self.pieces = [nn.Parameter(piece) for piece in self.cut(self.held)]
-        self.used = [False] * len(parameters)       # in this window, by this rank's loss
-        self.arrived: set[int] = set()              # in this backward
+            self.pieces = {name: nn.Parameter(piece) for name, piece in self.cut(self.held).items()}
+        self.arrived: set[str] = set()      # the gradients of this backward
         self.buffer = self.grad = self.work = self.reduced = None
 
-    def slot(self, flat: Tensor, index: int) -> Tensor:
+    def slot(self, flat: Tensor, name: str) -> Tensor:
         """The place of a parameter in a buffer of the whole bucket, in its shape."""
-        p = self.parameters[index]
-        return flat[self.offsets[index]:self.offsets[index] + p.numel()].view(p.shape)
+        p = self.parameters[name]
+        return flat[self.offsets[name]:self.offsets[name] + p.numel()].view(p.shape)
 
-    def cut(self, chunk: Tensor) -> list[Tensor]:
+    def cut(self, chunk: Tensor) -> dict[str, Tensor]:
         """The pieces of parameters in this rank's chunk, or in one like it, as views; whole ones have their shape."""
-        pieces = [chunk[start - self.first:stop - self.first] for _, start, stop in self.ranges]
-        shapes = [self.parameters[index].shape for index, _, _ in self.ranges]
-        return [piece.view(shape) if piece.numel() == shape.numel() else piece for piece, shape in zip(pieces, shapes)]
+        pieces = {name: chunk[start - self.first:stop - self.first] for name, (start, stop) in self.ranges.items()}
+        shapes = {name: self.parameters[name].shape for name in pieces}
+        return {name: piece.view(shapes[name]) if piece.numel() == shapes[name].numel() else piece for name, piece in pieces.items()}
 
-    def take(self, index: int) -> None:
+    def take(self, name: str) -> None:
         """Moves a gradient that backward has finished into the buffer."""
-        p = self.parameters[index]
+        p = self.parameters[name]
         if self.buffer is None:
             self.buffer = p.grad.new_zeros(self.size)
-        self.slot(self.buffer, index).copy_(p.grad)
-        p.grad, self.used[index] = None, True
-        self.arrived.add(index)
+        self.slot(self.buffer, name).copy_(p.grad)
+        p.grad = None
+        self.arrived.add(name)
 
-    def start(self, group) -> None:
+    def start(self) -> None:
         """Begins the reduction to the mean over ranks: of everything, or of this rank's chunk."""
-        buffer = self.parameters[0].detach().new_zeros(self.size) if self.buffer is None else self.buffer
+        buffer = next(iter(self.parameters.values())).detach().new_zeros(self.size) if self.buffer is None else self.buffer
         self.reduced = torch.empty_like(self.mine) if self.split else buffer
-        self.work = dist.reduce_scatter_single(self.reduced, buffer, op=dist.ReduceOp.AVG, group=group, async_op=True) if self.split else \
-            dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=group, async_op=True)
+        self.work = dist.reduce_scatter_single(self.reduced, buffer, op=dist.ReduceOp.AVG, async_op=True) if self.split else \
+            dist.all_reduce(buffer, op=dist.ReduceOp.AVG, async_op=True)
 
     def finish(self) -> None:
         """Waits for the reduction and adds its result up over micro-batches."""
@@ -161,99 +177,78 @@ class Bucket:
 
 
 class DataParallel(Parallel):
-    """ddp, zero1 and zero2. All ranks start from rank 0's weights.
+    """ddp, zero1 and zero2. All ranks start from rank 0's weights."""
 
-    find_unused: allow parameters that a loss does not use. One that no rank has used is left alone, as in one process."""
-
-    def __init__(self, model: nn.Module, world: World, strategy: str, every_micro_batch: bool, bucket_bytes: int, find_unused: bool, offload: bool):
-        super().__init__(model, world, split=strategy != "ddp")
-        self.every_micro_batch, self.bucket_bytes, self.find_unused, self.offload = every_micro_batch, bucket_bytes, find_unused, offload
-        self.group, self.buckets, self.reducing = dist.group.WORLD, [], False
+    def __init__(self, model: nn.Module, args, world: World):
+        super().__init__(model, world, args.strategy != "ddp", args.ddp_find_unused_parameters)
+        self.every_micro_batch = args.strategy == "zero2" and not args.accumulate_unsharded
+        self.bucket_bytes, self.offload = int(args.ddp_bucket_cap_mb * 2**20), args.cpu_offload
+        self.group, self.buckets, self.reducing = dist.group.WORLD, [], False      # group: keeps its store for ranks that are late
         share([*model.parameters(), *model.buffers()])
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Lays out the buckets, and with ZeRO gives the optimizer this rank's pieces to train in place of the parameters."""
         whole = whole_parameters(optimizer) if self.split else set()
-        found: dict[Tensor, tuple[Tensor, int]] = {}
-        self.check_held(optimizer)
-        for parameters in fill_buckets(list(self.trained.values()), whole, self.world.world_size, self.bucket_bytes):
-            bucket = Bucket(parameters, self.world, self.split, parameters[0] in whole, self.offload, turn=len(self.buckets))
+        pieces = {}
+        for names in fill_buckets(self.trained, whole, self.world.world_size, self.bucket_bytes):
+            parameters = {name: self.trained[name] for name in names}
+            bucket = Bucket(parameters, self.world, self.split, parameters[names[0]] in whole, self.offload, turn=len(self.buckets))
             self.buckets.append(bucket)
-            for index, p in enumerate(parameters):
-                p.register_post_accumulate_grad_hook(lambda p, bucket=bucket, index=index: self.on_grad(bucket, index))
-            found |= {parameters[index]: (piece, start - bucket.offsets[index]) for piece, (index, start, _) in zip(bucket.pieces, bucket.ranges)}
-        self.parts = [Part(name, *found[p], p.shape) for name, p in self.trained.items() if p in found]
-        if self.split:
-            train_pieces(optimizer, {p: piece for p, (piece, _) in found.items()})
-            optimizer.register_step_post_hook(lambda *_: self.gather())
+            for name, p in parameters.items():
+                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket, name=name: self.on_grad(bucket, name))
+            pieces |= {name: (piece, bucket.ranges[name][0] - bucket.offsets[name]) for name, piece in bucket.pieces.items()}
+        self.train_pieces(optimizer, pieces)
 
     @contextlib.contextmanager
     def grad_sync(self, last: bool) -> Iterator[None]:
         """Around one micro-batch. Reductions start while backward still runs, in the same order on every rank."""
-        self.reducing, self.started, self.finished = last or self.every_micro_batch, 0, 0
+        self.reducing, self.waiting, self.running = last or self.every_micro_batch, list(self.buckets), []
         for bucket in self.buckets:
             bucket.arrived.clear()
         yield
         if self.reducing:
             self.reducing = False
-            for bucket in self.buckets[self.started:]:
-                for index, p in enumerate(bucket.parameters):
+            while self.waiting:
+                for name, p in self.waiting[0].parameters.items():
                     if p.grad is not None:      # not reached by this backward, but by an earlier one of the window
-                        bucket.take(index)
+                        self.waiting[0].take(name)
                 self.start_next()
-            for bucket in self.buckets[self.finished:]:
+            for bucket in self.running:
                 bucket.finish()
+            self.used.update(*(bucket.arrived for bucket in self.buckets))
         if last:
             self.end_window()
 
     def start_next(self) -> None:
         """Starts to reduce the next bucket, and waits for the one before the last, so that few are ever whole."""
-        self.buckets[self.started].start(self.group)
-        self.started += 1
-        if self.started - self.finished > 2:
-            self.buckets[self.finished].finish()
-            self.finished += 1
+        self.running.append(self.waiting.pop(0))
+        self.running[-1].start()
+        if len(self.running) > 2:
+            self.running.pop(0).finish()
 
-    def on_grad(self, bucket: Bucket, index: int) -> None:
+    def on_grad(self, bucket: Bucket, name: str) -> None:
         """Called by autograd when the gradient of a parameter is complete."""
         if self.reducing:
-            if index in bucket.arrived:
-                name = next(name for name, p in self.trained.items() if p is bucket.parameters[index])
+            if name in bucket.arrived:
                 raise UsageError(f"the gradient of {name} came twice in one backward: checkpoint activations with use_reentrant=False")
-            bucket.take(index)
-            while self.started < len(self.buckets) and len(self.buckets[self.started].arrived) == len(self.buckets[self.started].parameters):
+            bucket.take(name)
+            while self.waiting and len(self.waiting[0].arrived) == len(self.waiting[0].parameters):
                 self.start_next()
 
-    def give_grads(self) -> None:
-        """Gives the pieces their gradients."""
-        used = [flag for bucket in self.buckets for flag in bucket.used]
-        if self.find_unused:
-            used = self.world.max(*used)
-        elif not all(used):
-            names = {p: name for name, p in self.trained.items()}
-            unused = [names[p] for bucket in self.buckets for p, flag in zip(bucket.parameters, bucket.used) if not flag]
-            raise UsageError(f"the loss does not use {', '.join(sorted(unused)[:5])}: leave --ddp_find_unused_parameters at True, "
-                             f"or set requires_grad to False on what is never trained")
-        flags = iter(used)
+    def give_grads(self, used: set[str]) -> None:
         for bucket in self.buckets:
-            mine = [next(flags) for _ in bucket.parameters]
-            grads = bucket.cut(bucket.grad.cpu() if self.offload else bucket.grad)
-            for piece, grad, (index, _, _) in zip(bucket.pieces, grads, bucket.ranges):
-                piece.grad = grad if mine[index] else None
-            bucket.grad, bucket.used = None, [False] * len(bucket.parameters)
+            for name, grad in bucket.cut(bucket.grad.cpu() if self.offload else bucket.grad).items():
+                bucket.pieces[name].grad = grad if name in used else None
+            bucket.grad = None
 
     def gather(self) -> None:
-        """Brings all weights up to date with the pieces that the ranks have changed."""
-        works = []
-        for bucket in self.buckets if self.split else []:
-            if self.offload:
-                bucket.mine.copy_(bucket.held)
-            works.append(dist.all_gather_single(bucket.flat, bucket.mine, group=self.group, async_op=True))
+        for bucket in self.buckets if self.offload else []:
+            bucket.mine.copy_(bucket.held)
+        works = [dist.all_gather_single(bucket.flat, bucket.mine, async_op=True) for bucket in self.buckets if self.split]
         for work in works:
             work.wait()
 
     def adopt(self) -> None:
-        """Brings the pieces up to date with weights that were loaded."""
         for bucket in self.buckets if self.offload else []:
             bucket.held.copy_(bucket.mine)
 
@@ -270,39 +265,30 @@ def whole_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
     return {p for group in optimizer.param_groups if group.get("whole", not elementwise) for p in group["params"]}
 
 
-def fill_buckets(parameters: list[Tensor], whole: set[Tensor], world_size: int, bucket_bytes: int) -> list[list[Tensor]]:
-    """Parameters in the order in which backward reaches them, in buckets of about bucket_bytes; of whole ones at least enough
+def fill_buckets(parameters: dict[str, Tensor], whole: set[Tensor], world_size: int, bucket_bytes: int) -> list[list[str]]:
+    """Names of parameters in the order in which backward reaches them, in buckets of about bucket_bytes; of whole ones at least enough
     for each rank to have one."""
-    filling: dict[tuple, list[Tensor]] = {}
+    filling: dict[tuple, list[str]] = {}
     full = []
-    for p in reversed(parameters):
+    for name, p in reversed(parameters.items()):
         key = (p.dtype, p.device, p in whole)
         bucket = filling.setdefault(key, [])
-        bucket.append(p)
-        enough = max(bucket_bytes, world_size * max(q.nbytes for q in bucket)) if p in whole else bucket_bytes
-        if sum(q.nbytes for q in bucket) >= enough:
+        bucket.append(name)
+        sizes = [parameters[other].nbytes for other in bucket]
+        if sum(sizes) >= (max(bucket_bytes, world_size * max(sizes)) if p in whole else bucket_bytes):
             full.append(filling.pop(key))
     return [*full, *filling.values()]
 
 
-def lay_out(sizes: list[int], whole: bool, ranks: int, turn: int) -> tuple[int, list[int]]:
+def lay_out(sizes: dict[str, int], whole: bool, ranks: int, turn: int) -> tuple[int, dict[str, int]]:
     """(elements of a chunk, offset of each parameter): one behind the other, or whole ones each in the emptiest chunk so far.
     turn: the rank that comes first, where chunks are equally full."""
     if not whole:
-        return -(-sum(sizes) // ranks), [0, *accumulate(sizes)][:-1]
+        return -(-sum(sizes.values()) // ranks), dict(zip(sizes, [0, *accumulate(sizes.values())]))
     filled, place = [0] * ranks, {}
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
         rank = min(range(ranks), key=lambda rank: (filled[rank], (rank - turn) % ranks))
-        place[index] = rank, filled[rank]
-        filled[rank] += sizes[index]
+        place[name] = rank, filled[rank]
+        filled[rank] += sizes[name]
     chunk = max(filled)     # all chunks are as long as the fullest
-    return chunk, [rank * chunk + start for rank, start in (place[index] for index in range(len(sizes)))]
-
-
-def train_pieces(optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Tensor]) -> None:
-    """Puts this rank's pieces into the optimizer's groups in place of the parameters; what other ranks have drops out."""
-    if optimizer.state:
-        raise UsageError(f"{type(optimizer).__module__}.{type(optimizer).__name__} makes its state before training, so it cannot be split over "
-                         f"ranks: use --strategy ddp")
-    for group in optimizer.param_groups:
-        group["params"] = [pieces[p] for p in group["params"] if p in pieces]
+    return chunk, {name: rank * chunk + start for name, (rank, start) in place.items()}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collators import default_collator
-from data import Loader
+from data import Blocks, Loader
+from state import UsageError
 from tests.toy import Numbers
 
 
@@ -86,6 +87,64 @@ def test_reading_data_moves_no_global_random_generator():
     assert random.getstate() == before[0]
     assert (np.random.get_state()[1] == before[1]).all()
     assert torch.equal(torch.get_rng_state(), before[2])
+
+
+class Texts:
+    """Sample i has lengths[i] tokens; `x` is its number, as in Numbers."""
+
+    def __init__(self, lengths):
+        self.lengths, self.read = lengths, []
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return {"x": torch.tensor([float(i)]), "input_ids": [1] * self.lengths[i]}
+
+
+def numbers(samples) -> dict:
+    return default_collator([{"x": sample["x"]} for sample in samples])
+
+
+def grouped(lengths, batch_size, world_size=1, seed=0):
+    return [Loader(Texts(lengths), numbers, batch_size, rank, world_size, seed, group_by_length=True) for rank in range(world_size)]
+
+
+def test_the_order_of_group_by_length_is_the_hf_trainers():
+    loader, = grouped([1, 5, 2, 9, 3, 8, 4, 7], 2)
+    assert read_all(loader) == [3, 0, 4, 7, 5, 2, 1, 6]
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=90), batch_size=st.integers(1, 4), world_size=st.integers(1, 3),
+       epoch=st.integers(0, 3), start=st.integers(0, 90))
+def test_group_by_length_sees_every_sample_once_in_an_order_of_the_round_size_alone(lengths, batch_size, world_size, epoch, start):
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+    round_size = batch_size * world_size
+    expected = get_length_grouped_indices(lengths, round_size, generator=torch.Generator().manual_seed(3 + epoch))
+    many, (one,) = grouped(lengths, batch_size, world_size, seed=3), grouped(lengths, round_size, seed=3)
+    rounds = zip(*(samples(loader, epoch) for loader in many))
+    assert [i for round_ in rounds for batch in round_ for i in batch] == read_all(one, epoch) == expected
+    assert sorted(expected) == list(range(len(lengths)))
+    assert read_all(one, epoch, min(start, len(lengths))) == expected[start:]
+
+
+def test_group_by_length_reads_each_sample_once_for_its_length_and_equal_blocks_not_at_all(monkeypatch):
+    loader, = grouped([3, 1, 2], 1)
+    assert loader.dataset.read == [0, 1, 2]
+    loader.order(0), loader.order(1)
+    assert loader.dataset.read == [0, 1, 2]
+    blocks = Blocks(torch.arange(40), torch.arange(0, 39, 4), 4)
+    plain, shuffled = Loader(blocks, default_collator, 2, seed=1), Loader(blocks, default_collator, 2, seed=1, group_by_length=True)
+    assert torch.equal(plain.order(2), shuffled.order(2)) and shuffled.lengths is None
+
+
+@pytest.mark.parametrize("dataset, said", [(Stream(4), "the training data is a stream: give data with __len__"),
+                                           (Numbers(4), "sample 0 has x: give dicts with input_ids"), ([(1, 2)], "sample 0 is a tuple")])
+def test_samples_whose_length_is_not_known_cannot_be_grouped(dataset, said):
+    with pytest.raises(UsageError, match=f"--train_sampling_strategy group_by_length needs .*{said}"):
+        Loader(dataset, default_collator, 2, seed=1, group_by_length=True)
 
 
 def test_an_empty_data_set_is_an_error():

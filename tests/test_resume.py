@@ -69,7 +69,7 @@ def test_resuming_on_two_ranks_is_bit_identical(ranks, tmp_path):
         assert ranks.run(2, finish, tmp_path / f"{step}", "True") == whole, f"cut after update {step}"
 
 
-def sample_ids(output_dir, resume=None, stop_at=None, **changes) -> tuple[int, list[int], int]:
+def sample_ids(output_dir, resume=None, stop_at=None, train_set=None, **changes) -> tuple[int, list[int], int]:
     """(max_steps, sample numbers in order over this process's rank, updates done)."""
     seen = []
 
@@ -82,8 +82,81 @@ def sample_ids(output_dir, resume=None, stop_at=None, **changes) -> tuple[int, l
             control.should_training_stop |= state.global_step == stop_at
             control.should_save |= state.global_step == stop_at
     args = arguments(output_dir, num_train_epochs=3, resume_from_checkpoint=resume, **changes)
-    run = run_training(args, loss, model=torch.nn.Linear(1, 1, bias=False), train_set=Numbers(10), callbacks=[Stop()])
+    run = run_training(args, loss, model=torch.nn.Linear(1, 1, bias=False), train_set=train_set or Numbers(10), callbacks=[Stop()])
     return run.state.max_steps, seen, run.state.global_step
+
+
+class Texts(list):
+    """11 samples of 1 to 8 tokens."""
+
+    def __init__(self):
+        super().__init__({key: value[:1 + 5 * i % 8] for key, value in sample.items()} for i, sample in enumerate(sequences(11)))
+
+
+def pad(samples) -> dict:
+    batch = {key: torch.nn.utils.rnn.pad_sequence([sample[key] for sample in samples], True, value)
+             for key, value in (("input_ids", 0), ("labels", -100))}
+    return {**batch, "num_items": int((batch["labels"] != -100).sum())}
+
+
+def grouped(output_dir, resume=None, **changes):
+    settings = {**SETTINGS, "eval_strategy": "no", "train_sampling_strategy": "group_by_length", "resume_from_checkpoint": resume}
+    args = arguments(output_dir, **{**settings, **changes})
+    run = run_training(args, model=gpt(dropout=0.2), train_set=Texts(), collate=pad)
+    return flat(run).tobytes(), rng_state(), run.state.to_dict() | {"log_bytes": 0}, [timeless(row) for row in rows(output_dir)]
+
+
+def test_group_by_length_resumes_after_any_update_bit_for_bit(tmp_path):
+    whole = grouped(tmp_path / "whole")
+    assert whole[0] != grouped(tmp_path / "random", train_sampling_strategy="random")[0]
+    for step in (1, 2, 3, 5, 9):
+        cut(tmp_path / "whole", tmp_path / f"{step}", step)
+        assert grouped(tmp_path / f"{step}", "True") == whole, f"cut after update {step}"
+
+
+def refusal(output_dir, **changes) -> str:
+    with pytest.raises(UsageError) as error:
+        grouped(output_dir, "True", **changes)
+    return str(error.value)
+
+
+def test_another_order_is_refused_unless_it_is_asked_for(ranks, tmp_path):
+    grouped(tmp_path / "whole")
+    for step in (3, 4):     # the end of the first epoch, and the first update of the second
+        cut(tmp_path / "whole", tmp_path / f"{step}", step)
+    assert "the training data 11 samples grouped by length in rounds of 2, not 11 samples grouped by length in rounds of 3" in \
+        refusal(tmp_path / "4", per_device_train_batch_size=3)
+    assert "--train_sampling_strategy group_by_length, not random" in refusal(tmp_path / "4", train_sampling_strategy="random")
+    assert all("in rounds of 2, not" in message for message in ranks.run(2, refusal, tmp_path / "4"))
+    assert ranks.run(2, regrouped, tmp_path / "4", 1) == [9, 9]              # 2 ranks x 1 are the same samples as 1 rank x 2
+    assert regrouped(tmp_path / "3", 3, allow_change="data") == 3 + 2 + 2    # between epochs it does no harm
+
+
+def regrouped(output_dir, batch_size: int, **changes) -> int:
+    return grouped(output_dir, "True", per_device_train_batch_size=batch_size, **changes)[2]["global_step"]
+
+
+def test_a_sequential_order_is_that_of_the_data_and_goes_on_with_the_next_sample(tmp_path):
+    settings = {"train_sampling_strategy": "sequential"}
+    _, before, _ = sample_ids(tmp_path, stop_at=7, **settings)
+    _, after, _ = sample_ids(tmp_path, "True", per_device_train_batch_size=5, **settings)
+    assert before + after == list(range(10)) * 3
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter({"x": torch.tensor([float(i)])} for i in range(64))
+
+
+@pytest.mark.parametrize("step", [7, 8, 9, 13])
+def test_a_stream_goes_on_in_its_second_pass_with_the_next_sample(tmp_path, step):
+    """64 samples in windows of 10: 7 updates make a pass, the last of them of 4 samples."""
+    settings = {"train_set": Stream(), "max_steps": 18, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    _, whole, _ = sample_ids(tmp_path / "whole", **settings)
+    assert whole == [*range(64), *range(64), *range(40)]
+    _, before, _ = sample_ids(tmp_path / "part", stop_at=step, **settings)
+    _, after, done = sample_ids(tmp_path / "part", "True", **settings)
+    assert before + after == whole and done == 18
 
 
 def test_another_batch_size_or_accumulation_goes_on_with_the_next_sample(tmp_path):

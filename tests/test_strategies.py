@@ -300,6 +300,20 @@ def test_evaluating_at_any_time_is_right_and_leaves_training_alone(ranks, tmp_pa
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-11)
 
 
+def gathers(output_dir, world_size: int, **changes) -> int:
+    """How often an evaluation brings the weights of other ranks."""
+    with toy_run(settings(output_dir, world_size, "zero1", **changes), model=odd_gpt(), eval_set=sequences(5)) as (run, _, eval_loader):
+        calls, gather = [], run.parallel.gather
+        run.parallel.gather = lambda: calls.append(gather())
+        evaluate(run, eval_loader, compute_loss)
+    return len(calls)
+
+
+def test_an_evaluation_gathers_weights_only_where_it_changes_them(ranks, tmp_path):
+    assert on_ranks(ranks, gathers, tmp_path, world_size=2) == [0, 0]
+    assert on_ranks(ranks, gathers, tmp_path, world_size=2, ema_decay=0.5) == [2, 2]
+
+
 class Alive(TorchDispatchMode):
     """The most bytes of tensors that were alive at one time of those made inside."""
 
