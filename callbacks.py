@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from tqdm import tqdm
@@ -115,11 +116,12 @@ class Callbacks:
                     length = file.tell()
                     if length < state.log_bytes:
                         print(f"warning: {state.log_path} has lost rows logged before update {state.global_step}", file=sys.stderr)
+                        state.log_bytes = length
                     file.seek(state.log_bytes)
                     later = [json.loads(line) for line in file if line.endswith(b"\n")]
                     finished = state.global_step >= state.max_steps and any("train_loss" in row for row in later)
                     if not finished:
-                        file.truncate(min(length, state.log_bytes))
+                        file.truncate(state.log_bytes)
         state.finished = bool(run.world.max(int(finished))[0])
 
     def states(self) -> list[list]:
@@ -132,11 +134,14 @@ class Callbacks:
         for name, state in saved:
             match = next((c for c in waiting if type(c).__name__ == name), None)
             if match is None:
-                print(f"warning: the checkpoint holds the state of a callback {name} that this run does not have", file=sys.stderr)
+                print(f"warning: the checkpoint holds the state of a callback {name!r:.100} that this run does not have", file=sys.stderr)
                 continue
             waiting.remove(match)
-            for key in match.state()["attributes"].keys() & state["attributes"].keys():
-                setattr(match, key, state["attributes"][key])
+            current, kept = match.state()["attributes"], state["attributes"]
+            for key in current.keys() & kept.keys():
+                if isinstance(current[key], (int, float)) and not isinstance(kept[key], (int, float, NoneType)):
+                    raise TypeError(f"{name}.{key} is a {type(kept[key]).__name__}, not a number")
+                setattr(match, key, kept[key])
 
 
 class CheckReplicas(Callback):

@@ -47,7 +47,7 @@ from args import changed_args
 from distributed import World, local_part, rng_state, set_rng_state, set_seed
 from schedules import Plateau
 from state import Run, TrainState, UsageError
-from zero import Part
+from zero import ELEMENTWISE, Part, whole_parameters
 
 FORMAT = 3     # of the folder, in its manifest
 MAX_FILE_BYTES = 5 * 10**9      # of weights in one file
@@ -541,7 +541,7 @@ def find_damage(path: str, world: World, each_node: bool) -> tuple[str | None, b
         manifest = read_manifest(path)
         identity = manifest["sha256"]
         if manifest["format"] != FORMAT:
-            problem = f"its format is {manifest['format']}, and this program knows {FORMAT}"
+            problem = f"its format is {show(manifest['format'])}, and this program knows {FORMAT}"
         elif manifest["only_model"]:
             problem = "it holds weights alone (--save_only_model)"
         else:
@@ -561,7 +561,7 @@ def verify(path: str) -> dict:
     """The manifest of a checkpoint that is what was saved. Raises UsageError (exit code 3) that names the file and the reason."""
     manifest = read_manifest(path)
     if manifest["format"] != FORMAT:
-        raise UsageError(f"{path}: its format is {manifest['format']}, and this program knows {FORMAT}", 3)
+        raise UsageError(f"{path}: its format is {show(manifest['format'])}, and this program knows {FORMAT}", 3)
     check_files(path, manifest)
     return manifest
 
@@ -575,7 +575,7 @@ def read_manifest(path: str) -> dict:
             raise ValueError("it is not what was saved: its own checksum is another")
         named = CHECKPOINT.fullmatch(os.path.basename(os.path.abspath(path)))
         if named and int(named[1]) != manifest["step"]:
-            raise ValueError(f"it is that of update {manifest['step']}")
+            raise ValueError(f"it is that of update {show(manifest['step'])}")
         return {key: manifest[key] for key in ("format", "step", "only_model", "torch", "python", "files", "sha256")}
 
 
@@ -606,9 +606,10 @@ def reading(path: str, name: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
         what = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
-        raise UsageError(f"{os.path.join(path, name)} cannot be used: {what}", 3) from error
+        shown = name if PLAIN_NAME.fullmatch(name) else ascii(name)[:100]     # it may hold anything, for a terminal too
+        raise UsageError(f"{path}{os.sep}{shown} cannot be used: {what:.1000}", 3) from error
 
 
 def read_json(folder: str, name: str) -> dict:
@@ -662,16 +663,17 @@ def load_state(path: str | None, args, data: str) -> TrainState:
         return TrainState(data=data)
     with reading(path, "state.json"):
         stored = read_json(path, "state.json")["state"]
-        known = {f.name: f.type for f in fields(TrainState) if "runtime" not in f.metadata}
+        known = {f.name: f for f in fields(TrainState) if "runtime" not in f.metadata}
         if stored.keys() != known.keys():
             raise ValueError(f"it is of another version of this program: it differs in {sorted(stored.keys() ^ known.keys())}")
-        if wrong := [f"{name}={stored[name]!r:.100}" for name, kind in known.items() if not FITS[kind](stored[name])]:
+        if wrong := [f"{name}={stored[name]!r:.100}" for name, f in known.items()
+                     if not FITS[f.type](stored[name]) or f.type == "int" and stored[name] < f.default]:
             raise ValueError(f"impossible values: {', '.join(wrong)}")
         state = TrainState(**stored)
     with reading(path, "args.json"):
-        changes = [(f"--{name}", old, new, name) for name, old, new, fixed in changed_args(read_json(path, "args.json"), args) if fixed]
+        changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in changed_args(read_json(path, "args.json"), args) if fixed]
     if state.data != data:
-        changes.append(("the training data", state.data, data, "data"))
+        changes.append(("the training data", show(state.data), data, "data"))
         state.data = data
     refused = [change for change in changes if change[3] not in (args.allow_change or "").split(",")]
     if refused:
@@ -683,8 +685,22 @@ def load_state(path: str | None, args, data: str) -> TrainState:
 
 FITS: dict[str, Callable] = {      # what values of a field of TrainState can be
     "int": lambda v: type(v) is int and -1 <= v < 2**53, "bool": lambda v: type(v) is bool, "str": lambda v: type(v) is str and len(v) < 1000,
-    "float": lambda v: type(v) in (int, float), "float | None": lambda v: v is None or type(v) in (int, float),
-    "list[float]": lambda v: type(v) is list and all(type(x) in (int, float) for x in v)}
+    "float": lambda v: type(v) is float or type(v) is int and abs(v) < 2**53, "float | None": lambda v: v is None or FITS["float"](v),
+    "list[float]": lambda v: type(v) is list and all(map(FITS["float"], v))}
+
+
+def alike(value, ours) -> bool:
+    """Whether a value out of a file is built like this run's: the same keys, numbers for numbers, and a number or nothing for nothing."""
+    if isinstance(ours, dict):
+        return isinstance(value, dict) and value.keys() == ours.keys() and all(alike(value[key], ours[key]) for key in ours)
+    if type(ours) not in (int, float) and (ours is not None or value is None):
+        return type(value) is type(ours)
+    return FITS["float"](value) and (type(ours) is not int or abs(value) < 2**31)
+
+
+def show(value) -> str:
+    """A value out of a file for a message: it may be of any length, and not printable."""
+    return ascii(str(value)[:200])[1:-1]
 
 
 def load_checkpoint(run: Run, path: str) -> None:
@@ -698,21 +714,29 @@ def load_checkpoint(run: Run, path: str) -> None:
         stored = read_json(path, "state.json")
         load_optimizer(run, path, stored["optimizer"])
         run.callbacks.load_states(stored["callbacks"])
-        run.precision.load_state_dict(stored["scaler"])
-        if isinstance(run.schedule, Plateau):
-            run.schedule.load_state_dict(stored["schedule"])
-        ranks = int(stored["world_size"])
+        ranks = stored["world_size"]
+        if not FITS["int"](ranks):
+            raise ValueError(f"impossible values: world_size={ranks!r:.100}")
+        for name, keeper in (("scaler", run.precision), ("schedule", run.schedule)):     # another run may have had none of them
+            ours = keeper.state_dict() if name == "scaler" or isinstance(keeper, Plateau) else {}
+            if ours and stored[name]:
+                if not alike(stored[name], ours):
+                    raise ValueError(f"impossible values: {name}={stored[name]!r:.100}")
+                keeper.load_state_dict(stored[name])
     if run.ema is not None:     # a checkpoint without averages starts them at its weights
         with PartFiles(path, "ema") as averages, PartFiles(path, "model") as weights:
             for part in run.ema.parts:
-                (averages if part.name in averages.found else weights).fill(part.name, part.start, part.piece)
+                files = averages if averages.names else weights
+                with reading(path, files.name):
+                    check_state(part.name, files.found[part.name], part)
+                    files.fill(part.name, part.start, part.piece)
     if run.world.is_main:
         copy_history(os.path.dirname(os.path.abspath(path)), run)
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
         if ranks != run.world.world_size:
             print(f"  ranks: {ranks} -> {run.world.world_size}; random numbers start anew from the seed")
         for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
-            print(f"  --{name}: {old} -> {new}")
+            print(f"  --{name}: {show(old)} -> {new}")
     if ranks == run.world.world_size:
         with reading(path, f"rng-{run.world.rank}.json"):
             set_rng_state(read_json(path, f"rng-{run.world.rank}.json"))
@@ -725,7 +749,7 @@ def copy_history(source: str, run: Run) -> None:
     log = os.path.join(source, "metrics.jsonl")
     if os.path.exists(log) and not os.path.exists(run.state.log_path):
         with open(log, "rb") as file, open(run.state.log_path, "wb") as copy:
-            copy.write(file.read(run.state.log_bytes))
+            copy.write(file.read(min(run.state.log_bytes, os.path.getsize(log))))
 
 
 class Stored(NamedTuple):
@@ -745,13 +769,14 @@ class PartFiles(contextlib.ExitStack):
 
     def __init__(self, path: str, stem: str):
         super().__init__()
-        self.path, self.stem = path, stem
+        self.path = path
         self.found: dict[str, list[Stored]] = {}
         self.numbers: dict = {}
-        for name in sorted(os.listdir(path)):
-            if re.fullmatch(rf"{stem}(-.*)?\.safetensors", name):
-                with reading(path, name):
-                    self.add(os.path.join(path, name))
+        self.names = [name for name in sorted(os.listdir(path)) if re.fullmatch(rf"{stem}(-.*)?\.safetensors", name)]
+        self.name = self.names[0] if len(self.names) == 1 else f"{stem}-R.safetensors"      # in messages
+        for name in self.names:
+            with reading(path, name):
+                self.add(os.path.join(path, name))
 
     def add(self, path: str) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -761,14 +786,20 @@ class PartFiles(contextlib.ExitStack):
         if 8 + length > min(size, MAX_JSON_BYTES):
             raise ValueError(f"its header should have {length:,} bytes")
         header = json.loads(os.pread(descriptor, length, 8))
-        self.numbers |= json.loads(header.pop("__metadata__", {}).get("numbers", "{}"))
+        numbers = json.loads(header.pop("__metadata__", {}).get("numbers", "{}"))
+        if not all(value is None or type(value) is bool or FITS["float"](value) for value in numbers.values()):
+            raise ValueError("its metadata holds other things than numbers")
+        self.numbers |= numbers
         for key, entry in header.items():
             base, first, stop = RANGE.fullmatch(key).groups()
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end > size - 8 - length \
                     or end - begin != math.prod(shape) * dtype.itemsize or stop and int(stop) - int(first) != math.prod(shape):
-                raise ValueError(f"{key} should have shape {shape} in bytes {begin} to {end}")
+                raise ValueError(f"{show(key)} should have shape {show(shape)} in bytes {begin} to {end}")
             self.found.setdefault(base, []).append(Stored(int(first or 0), int(stop) if stop else None, descriptor, 8 + length + begin, dtype, shape))
+        places = sorted(entry["data_offsets"] for entry in header.values())
+        if [*(begin for begin, _ in places), size - 8 - length] != [0, *(end for _, end in places)]:
+            raise ValueError("its tensors overlap or leave gaps")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that was saved whole."""
@@ -787,7 +818,7 @@ class PartFiles(contextlib.ExitStack):
                 read_at(descriptor, part, position + (at - start) * dtype.itemsize)
                 at = upto
         if at != last:
-            raise UsageError(f"{self.path}/{self.stem}*.safetensors: elements {at} to {last} of {name} are missing", 3)
+            raise ValueError(f"elements {at} to {last} of {name} are missing")
         if not direct:
             target.detach().copy_(buffer)
 
@@ -812,7 +843,7 @@ def read_at(descriptor: int, target: memoryview, position: int) -> None:
 def load_model(model: nn.Module, path: str) -> None:
     """Loads the weights of a checkpoint folder into a bare model, each rank its own part; names and shapes must match."""
     weights = model_weights(model)
-    with PartFiles(path, "model") as files, torch.no_grad():
+    with PartFiles(path, "model") as files, reading(path, files.name), torch.no_grad():
         check_tensors(path, {k: tuple(v.shape) for k, v in weights.items()}, {k: files.shape(k) for k in files.found})
         for name, tensor in weights.items():
             local, start = local_part(tensor)
@@ -822,19 +853,27 @@ def load_model(model: nn.Module, path: str) -> None:
 def load_optimizer(run: Run, path: str, stored: dict) -> None:
     optimizer, held = run.optimizer, run.parallel.parts
     if stored["class"] != type(optimizer).__name__:
-        raise UsageError(f"{path} holds the state of {stored['class']}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
+        raise UsageError(f"{path} holds the state of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    whole = whole_parameters(optimizer)
+    known = {p for group in optimizer.param_groups if group.get("fused") or type(optimizer) in ELEMENTWISE for p in group["params"]}
     states: dict[Tensor, dict] = {}
-    with PartFiles(path, "optimizer") as files:
+    with PartFiles(path, "optimizer") as files, reading(path, files.name):
+        if not files.names:
+            raise ValueError("it is missing")
         names: dict[str, list[str]] = {}     # of what was saved for each parameter
         for name in sorted(files.found.keys() | files.numbers.keys()):
             names.setdefault(name.rpartition(".")[0], []).append(name)
         if unknown := sorted(names.keys() - trained):
-            raise UsageError(f"{path} has optimizer state of parameters that this run does not train: {unknown[:10]}", 3)
+            raise ValueError(f"it has states of parameters that this run does not train: {unknown[:10]}")
         for part in held:
             for name in names.get(part.name, ()):
+                check_state(name, [] if name in files.numbers else files.found[name], part, part.piece in whole, part.piece in known)
                 states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else files.read(name, part)
+        for group in optimizer.param_groups:
+            if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1:
+                raise ValueError("some parameters have states that others lack")
     packed = optimizer.state_dict()   # its groups hold the flags given now
     pieces = [p for group in optimizer.param_groups for p in group["params"]]
     packed["state"] = {index: states[p] for index, p in enumerate(pieces) if p in states}
@@ -847,8 +886,25 @@ def load_optimizer(run: Run, path: str, stored: dict) -> None:
         optimizer.set_extra_state(stored["extra"])
 
 
+def check_state(name: str, stored: list[Stored], part: Part, whole: bool = False, known: bool = False) -> None:
+    """Raises ValueError if a saved state cannot be that of a parameter. It is like the parameter, or a single number, such as a step
+    count; an optimizer that needs the parameter whole may keep others. Of a known one, the numbers have these names. Fused kernels
+    rely on that: they would write behind the end of a state that is too small."""
+    fits = bool(stored) or not known
+    for piece in stored:
+        like = piece.shape == tuple(part.shape) if piece.stop is None else piece.stop <= part.shape.numel()
+        single = piece.stop is None and math.prod(piece.shape) == 1
+        if known:
+            number = single and name.endswith((".step", ".mu", ".mu_product", ".eta")) and piece.dtype in (torch.float32, torch.float64)
+            fits &= number or like and piece.dtype == part.piece.dtype
+        else:
+            fits &= like or single or whole and piece.stop is None
+    if not fits:
+        raise ValueError(f"{show(name)} does not fit a parameter of shape {tuple(part.shape)}")
+
+
 def check_tensors(path: str, expected: dict, found: dict) -> None:
-    problems = [f"{key}: {tuple(found[key]) if key in found else 'missing'} in the file, "
+    problems = [f"{show(key)}: {show(tuple(found[key])) if key in found else 'missing'} in the file, "
                 f"{tuple(expected[key]) if key in expected else 'nothing'} in the model"
                 for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
     if problems:

@@ -257,11 +257,17 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Raises ValueError, TypeError, LookupError or RuntimeError for what is no state. numpy and torch would take positions behind the
+    end of their tables of 624 words, and read on there."""
     version, keys, gauss = state["python"]
+    name, words, position, *rest = state["numpy"]
+    data = bytearray.fromhex(state["torch"])
+    left, after = int.from_bytes(data[8:12], "little"), int.from_bytes(data[16:24], "little")      # at::mt19937's, as torch lays them out
+    if not (gauss is None or type(gauss) is float) or not 0 <= position <= 624 or left + after > 625:
+        raise ValueError("it is not the state of a random generator")
     random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    np.random.set_state((name, np.array(words, dtype=np.uint32), position, *rest))
+    torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
     if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 

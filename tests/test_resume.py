@@ -188,6 +188,11 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run") if "train_loss" in row] == [7]
 
 
+def test_a_run_may_go_on_with_a_schedule_that_has_a_state_of_its_own(tmp_path):
+    finish(tmp_path, max_steps=3)
+    assert finish(tmp_path, "True", max_steps=4, lr_scheduler_type="reduce_lr_on_plateau")["state"]["learning_rate"] == 1e-2
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     whole = finish(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
