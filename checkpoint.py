@@ -228,17 +228,17 @@ def plan_json(content: dict) -> FilePlan:
     return FilePlan(text, len(text), [])
 
 
-def plan_tensors(whole: dict[str, tuple[torch.dtype, torch.Size]], mine: dict[str, tuple[Tensor, int]], shared: bool = False, **metadata: str) -> FilePlan:
-    """A file in the safetensors format. whole: type and shape of every tensor in it. mine: what this rank has of them, and
-    from which element on."""
+def plan_tensors(tensors: dict[str, Tensor], mine: dict[str, tuple[Tensor, int]] | None = None, shared: bool = False, **metadata: str) -> FilePlan:
+    """A file of tensors in the safetensors format. mine: what this rank writes of them, and from which element on (default: all)."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
+    mine = {key: (tensor, 0) for key, tensor in tensors.items()} if mine is None else mine
     end = 0
-    for key, (dtype, shape) in sorted(whole.items(), key=lambda item: (-item[1][0].itemsize, item[0])):    # keeps each one aligned
-        name = next((name for name, known in DTYPES.items() if known == dtype), None)
+    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):    # keeps each one aligned
+        name = next((name for name, known in DTYPES.items() if known == tensor.dtype), None)
         if name is None:
-            raise UsageError(f"{key} is a tensor of {dtype}, which the safetensors format does not have: use --save_strategy no, or another type")
-        begin, end = end, end + shape.numel() * dtype.itemsize
-        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [begin, end]}
+            raise UsageError(f"{key} is a tensor of {tensor.dtype}, which the safetensors format does not have: use --save_strategy no, or another type")
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
@@ -273,7 +273,7 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
         sharded = {key for key, tensor in weights.items() if hasattr(tensor, "to_local")}
         mine = {key: local_part(tensor) for key, tensor in weights.items() if (run.parallel.saves if key in sharded else run.world.writes)}
         if sharded or run.world.writes:
-            plans[name] = plan_tensors({key: (tensor.dtype, tensor.shape) for key, tensor in weights.items()}, mine, bool(sharded))
+            plans[name] = plan_tensors(weights, mine, bool(sharded))
     if len(files) > 1 and run.world.writes:
         plans["model.safetensors.index.json"] = plan_json({"metadata": {"total_size": total}, "weight_map": {
             key: name for name, weights in zip(names, files) for key in weights}})
@@ -287,9 +287,9 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
         files[f"rng-{world.rank}.json"] = plan_json(rng_state())
         if run.parallel.saves:
             tensors, numbers = optimizer_state(run.parallel.parts, run.optimizer)
-            files[f"optimizer-{world.rank}.safetensors"] = plan_alone(tensors, numbers=json.dumps(numbers))
+            files[f"optimizer-{world.rank}.safetensors"] = plan_tensors(tensors, numbers=json.dumps(numbers))
     if run.ema is not None and run.parallel.saves:
-        files[f"ema-{world.rank}.safetensors"] = plan_alone(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
+        files[f"ema-{world.rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
     if world.writes:
         files["args.json"] = plan_json(args.to_dict())
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
@@ -298,10 +298,6 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
                                          "scaler": run.precision.state_dict(), "world_size": world.world_size,
                                          "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {}})
     return files
-
-
-def plan_alone(tensors: dict[str, Tensor], **metadata: str) -> FilePlan:
-    return plan_tensors({key: (t.dtype, t.shape) for key, t in tensors.items()}, {key: (t, 0) for key, t in tensors.items()}, **metadata)
 
 
 def name_part(part: Part, name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -327,7 +323,7 @@ def optimizer_state(held: list[Part], optimizer: torch.optim.Optimizer) -> tuple
 
 
 def create_file(path: str, plan: FilePlan) -> None:
-    with opened_to_write(path, os.O_CREAT | os.O_EXCL) as descriptor:
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
         write_at(descriptor, memoryview(plan.header), 0)
         os.truncate(descriptor, plan.size)
 
@@ -336,7 +332,7 @@ def write_file(path: str, plan: FilePlan) -> dict:
     """Writes a file, or this rank's tensors into a shared one, and forces it to the disk. Returns its size and SHA-256, which
     is worked out beside the writing; of a shared one it means nothing."""
     digest = hashlib.sha256()
-    with opened_to_write(path, 0 if plan.shared else os.O_CREAT | os.O_EXCL) as descriptor, ThreadPoolExecutor(1) as beside:
+    with opened(path, os.O_WRONLY | (0 if plan.shared else os.O_CREAT | os.O_EXCL)) as descriptor, ThreadPoolExecutor(1) as beside:
         parts = [] if plan.shared else [(0, memoryview(plan.header))]
         for position, data in (*parts, *((at, tensor) for _, at, tensor in plan.tensors)):
             data = as_bytes(data) if isinstance(data, Tensor) else data
@@ -351,8 +347,8 @@ def write_file(path: str, plan: FilePlan) -> dict:
 
 
 @contextlib.contextmanager
-def opened_to_write(path: str, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, os.O_WRONLY | flags, 0o666)
+def opened(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
     try:
         yield descriptor
     finally:
@@ -372,11 +368,8 @@ def write_at(descriptor: int, data: memoryview, position: int) -> None:
 
 def sync(path: str) -> None:
     """Forces a file or folder to the disk: a rename must not become durable before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe_file(path: str) -> dict:
@@ -779,8 +772,7 @@ class PartFiles(contextlib.ExitStack):
                 self.add(os.path.join(path, name))
 
     def add(self, path: str) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        self.callback(os.close, descriptor)
+        descriptor = self.enter_context(opened(path, os.O_RDONLY | os.O_NOFOLLOW))
         size = os.fstat(descriptor).st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if 8 + length > min(size, MAX_JSON_BYTES):

@@ -91,7 +91,8 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     if hasattr(run.optimizer, "train"):     # schedule-free optimizers evaluate other weights than they train
         run.optimizer.train()
     state.in_training = True
-    with reporting_status(run), catching_signals(run):
+    write_status(args.output_dir, run.world, state="running", step=state.global_step)
+    with catching_signals(run):
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
             evaluation()
@@ -107,6 +108,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                 callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
                 with explaining_out_of_memory(args):
                     update = train_step(run, window, loss_fn)
+                run.world.status["step"] = state.global_step       # in case it fails
                 state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / epoch_length
                 if update is not None:
                     meter.updates.append(update)
@@ -136,6 +138,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         if callbacks.unwritten:
             raise UsageError(f"the last rows could not be written to {state.log_path}: free space there, then resume", 5)
         callbacks.fire("on_train_end", run)
+    write_status(args.output_dir, run.world, state="finished", exit=0)
     state.in_training = False
     return metrics
 
@@ -329,18 +332,6 @@ def plan(args, state: TrainState, loader) -> None:
 def windows(args, micro_batches: int) -> int:
     """Updates made of this many micro-batches: the last, incomplete window counts."""
     return -(-micro_batches // args.gradient_accumulation_steps)
-
-
-@contextlib.contextmanager
-def reporting_status(run: Run) -> Iterator[None]:
-    """status.json says that the run is running, and then that it is finished; how else it ended is told when the world is closed."""
-    status, state = run.world.status, run.state
-    write_status(run.args.output_dir, run.world, state="running", step=state.global_step)
-    try:
-        yield
-    finally:
-        status["step"] = state.global_step
-    write_status(run.args.output_dir, run.world, state="finished", exit=0)
 
 
 @contextlib.contextmanager
