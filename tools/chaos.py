@@ -49,8 +49,9 @@ from train import run_main
 ROOT = str(Path(__file__).parent.parent)
 DEADLINE_S, POLL_S = 180, 0.0005        # of every wait: only a hang takes as long
 # dropout, windows of 2 micro-batches, several epochs of uneven length, losses logged later than saved; half of the time is saving
-JOB = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --dropout 0.1 --max_steps 40 --per_device_train_batch_size 2 --learning_rate 1e-2 " \
+JOB = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --dropout 0.1 --per_device_train_batch_size 2 --learning_rate 1e-2 " \
       "--gradient_accumulation_steps 2 --logging_steps 3 --eval_strategy steps --eval_steps 5 --save_steps 2 --save_total_limit 2"
+STEPS = 40
 TEXT = "".join(f"{i} times {i} is {i * i}\n" for i in range(70))
 AUTO = ("--resume_from_checkpoint", "auto")
 
@@ -232,7 +233,7 @@ class Case:
 
     def argv(self, output_dir: str, turn: int, *more: str) -> list[str]:
         """The command line of a run; every other one saves asynchronously."""
-        return [*JOB.split(), "--dataset", f"{self.folder}/text.txt", *self.flags, "--save_async", str(turn % 2 == 1), *more, "--output_dir", output_dir]
+        return [*JOB.split(), "--max_steps", str(STEPS), "--dataset", f"{self.folder}/text.txt", *self.flags, "--save_async", str(turn % 2 == 1), *more, "--output_dir", output_dir]
 
 
 def strike(number: int, case: Case, kills: int, rng: random.Random, run: str, words, pids: list[int], turn: int) -> tuple[list[int], bool]:
@@ -245,13 +246,16 @@ def strike(number: int, case: Case, kills: int, rng: random.Random, run: str, wo
         wait_for(lambda: "\nstep " in words())
     if number == signal.SIGKILL and kills % 2 == 0:
         wait_for(lambda: not saving(run))       # what the save killed last has left is cleaned away
-        last = ""
-        for _ in range(rng.randrange(1, 6)):
+        last, passing = "", rng.randrange(5)    # saves that go by
+        while not any_ended(pids):
             wait_for(lambda: saving(run) not in ("", last))     # noqa: B023
-            last = saving(run)
-        time.sleep(rng.random() * save_seconds)
+            last, passing = saving(run), passing - 1
+            if passing < 0:
+                time.sleep(rng.random() * save_seconds)
+                if saving(run) == last:     # it was not a shorter one
+                    break
     else:
-        end = time.monotonic() + rng.random() * seconds
+        end = time.monotonic() + rng.random() * seconds * (1 - newest(run) / STEPS * 0.9)        # of what is left, and a start
         wait_for(lambda: time.monotonic() > end)
     victims = [] if any_ended(pids) else pids if number == signal.SIGKILL and kills // 2 % 2 == 0 else [rng.choice(pids)]
     send(victims, number)
