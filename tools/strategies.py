@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ class Case:
     precision: str = "float32"
     n_embd: int = 64
     n_layer: int = 4
+    folder: str = field(default_factory=tempfile.mkdtemp)      # of its run, the same on all ranks
 
 
 class Sent(TorchDispatchMode):
@@ -119,7 +120,7 @@ def resident() -> int:
 
 def run_case(case: Case, updates: int, weights: bool) -> dict:
     from train import assemble
-    args = TrainArgs(output_dir=tempfile.mkdtemp(), strategy=case.strategy, max_steps=updates, logging_steps=1, save_strategy="no",
+    args = TrainArgs(output_dir=case.folder, strategy=case.strategy, max_steps=updates, logging_steps=1, save_strategy="no",
                      per_device_train_batch_size=BATCH // case.world_size // case.accumulation, gradient_accumulation_steps=case.accumulation,
                      learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.5, ddp_bucket_cap_mb=25.0 if case.strategy in ("fsdp", "hsdp") else BUCKET_MB, bf16=case.precision == "bf16",
                      fp16=case.precision == "fp16", hsdp_shard_size=2 if case.strategy == "hsdp" else None, disable_tqdm=True)
