@@ -16,7 +16,7 @@ import torch
 
 from args import TrainArgs
 from checkpoint import PartFiles, list_checkpoints, read_json, reading, show, verify
-from state import UsageError
+from state import run_main
 
 STEMS = {"model": "weights", "ema": "averaged weights", "optimizer": "optimizer state"}
 CHUNK_ELEMENTS = 2**22      # of each of two tensors that are compared at a time
@@ -142,8 +142,4 @@ def differences(one: dict, other: dict) -> dict[str, tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_main(lambda: sys.exit(main()))
