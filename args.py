@@ -153,7 +153,7 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
     "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "include_tokens_per_second": "tokens_per_second is in every log",
     "report_to": "metrics.jsonl is the history; a callback's on_log can send it on", "save_safetensors": "checkpoints are always safetensors",
-    "load_best_model_at_end": "status.json and metrics.jsonl tell which checkpoint was best",
+    "load_best_model_at_end": "metrics.jsonl tells which checkpoint was best",
     "include_inputs_for_metrics": "compute_metrics is a function of yours", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
     "half_precision_backend fp16_backend": "PyTorch's own is used", "tpu_num_cores": "there is no TPU support",
     "use_mps_device jit_mode_eval past_index mp_parameters use_ipex torchdynamo ray_scope fp16_opt_level": "it has no successor",

@@ -21,7 +21,6 @@ Beside the checkpoints, output_dir has metrics.jsonl (callbacks.py), status.json
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -33,7 +32,6 @@ import shutil
 import socket
 import stat
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,20 +72,23 @@ class Saver:
 
     def __init__(self, run: Run):
         self.run, self.copies = run, {}
-        self.saved_step = run.state.global_step or None     # newest complete checkpoint; a resumed run starts at one
+        there = run.world.is_main and os.path.isdir(os.path.join(run.args.output_dir, f"checkpoint-{run.state.global_step}"))
+        self.saved_step = run.state.global_step if run.world.max(int(there))[0] else None       # newest complete checkpoint
         self.step: int | None = None        # the one that is being written, and what is left to do for it
         self.stages: list[Callable[[], None]] = []
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.writer = ThreadPoolExecutor(1)
+        run.world.on_exit.callback(self.writer.shutdown)        # the lock is held until nobody writes any more
         self.began = self.seconds = 0.0     # seconds: from the start of the last save to its end
 
     def save(self, last: bool = False) -> None:
         """Saves this update. With --save_async it returns when training may go on, and `poll` does the rest."""
-        self.finish(last)
+        self.finish()
         run, args, world, step = self.run, self.run.args, self.run.world, self.run.state.global_step
         if self.saved_step == step:
             return
-        self.step, self.began = step, time.monotonic()
+        self.step, self.began, self.best_before = step, time.monotonic(), run.state.best_saved_step
+        if run.state.best_global_step == step:
+            run.state.best_saved_step = step
         self.tmp = os.path.join(args.output_dir, f"tmp-checkpoint-{step}")
         with self.tolerating(last):
             files = plan_weights(run)
@@ -108,14 +109,14 @@ class Saver:
                 if world.device.type == "cuda":
                     torch.cuda.synchronize()
             self.described: dict[str, dict] = {}
-            self.stages = [lambda: self.write(files), lambda: self.describe_shared(files)]
-            self.next_stage()
+            self.stages = [lambda: self.describe_shared(files)]
+            self.stage = self.writer.submit(self.write, files)
         if not args.save_async:
             self.finish(last)
 
     def poll(self) -> None:
         """Takes a background save further as soon as all ranks are through with a stage of it."""
-        if self.step is not None and not self.run.world.max(int(self.thread.is_alive()))[0]:
+        if self.step is not None and not self.run.world.max(int(not self.stage.done()))[0]:
             self.advance()
 
     def finish(self, last: bool = False) -> None:
@@ -125,33 +126,19 @@ class Saver:
 
     def advance(self, last: bool = False) -> None:
         with self.tolerating(last):
-            if self.thread is not None:
-                self.thread.join()
-            error, self.error = self.error, None
-            self.run.world.raise_together(self.explain(error))
+            with self.run.world.writing(self.tmp):
+                self.stage.result()
             if self.stages:
-                self.next_stage()
+                self.stage = self.writer.submit(self.stages.pop(0))
             else:
                 self.commit()
 
-    def next_stage(self) -> None:
-        stage = self.stages.pop(0)
-
-        def attempt() -> None:
-            try:
-                stage()
-            except Exception as error:      # noqa: BLE001  on a thread it would be lost
-                self.error = error
-        if self.run.args.save_async:
-            self.thread = threading.Thread(target=attempt, daemon=True)
-            self.thread.start()
-        else:
-            attempt()
-
     def write(self, files: dict[str, FilePlan]) -> None:
-        self.needed = sum(plan.size for plan in files.values())
         for name, plan in files.items():
-            described = write_file(os.path.join(self.tmp, name), plan)
+            try:
+                described = write_file(os.path.join(self.tmp, name), plan)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} (this rank writes {sum(plan.size for plan in files.values()):,} bytes)", name) from None
             if not plan.shared:
                 self.described[name] = described
 
@@ -173,13 +160,19 @@ class Saver:
                                       if node == world.node or not args.save_on_each_node}}
                 write_file(os.path.join(self.tmp, "manifest.json"), plan_json(manifest | {"sha256": checksum(manifest)}))
                 sync(self.tmp)
+        with world.writing(self.tmp):
+            if world.writes:
                 if os.path.lexists(final):      # `prepare_output_dir` puts it back after a crash here
                     os.rename(final, replaced)
                 os.rename(self.tmp, final)
                 sync(args.output_dir)
+        if world.writes:        # on all hosts it has its name by now
+            try:
                 if os.path.lexists(replaced):
                     remove(replaced)
-                rotate(args.output_dir, args.save_total_limit, {self.step, run.state.best_global_step})
+                rotate(args.output_dir, args.save_total_limit, {self.step, run.state.best_saved_step})
+            except OSError as error:
+                print(f"warning: an old checkpoint in {args.output_dir} could not be removed: {error}", file=sys.stderr)
         self.saved_step, self.step, self.seconds = self.step, None, time.monotonic() - self.began
         run.callbacks.fire("on_save", run)
 
@@ -188,15 +181,6 @@ class Saver:
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
             held = self.copies[file, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
         return held.copy_(tensor, non_blocking=True)
-
-    def explain(self, error: Exception | None) -> Exception | None:
-        if not isinstance(error, OSError):
-            return error
-        full = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            full = f" (this rank writes {self.needed:,} bytes, and {shutil.disk_usage(self.run.args.output_dir).free:,} are free)"
-        return UsageError(f"cannot write {self.tmp}: {error}{full}; older checkpoints are as they were. Free space or permissions there, "
-                          f"then resume", 5)
 
     @contextlib.contextmanager
     def tolerating(self, last: bool) -> Iterator[None]:
@@ -207,7 +191,7 @@ class Saver:
                 raise
             if self.run.world.writes:
                 shutil.rmtree(self.tmp, ignore_errors=True)
-            self.step, self.stages = None, []
+            self.step, self.stages, self.run.state.best_saved_step = None, [], self.best_before
             if last or self.run.args.save_errors == "stop":
                 raise
             if self.run.world.is_main:
@@ -383,14 +367,23 @@ def checksum(manifest: dict) -> str:
 
 
 def rotate(output_dir: str, limit: int | None, protected: set[int]) -> None:
-    """Removes the oldest checkpoints until `limit` are left, but none of the protected ones, the newest and the best. They lose
-    their name before their files, so that none is ever half there."""
-    steps = list_checkpoints(output_dir)
-    excess = max(0, len(steps) - (limit or sys.maxsize))
+    """Removes the oldest complete checkpoints until `limit` are left, but none of the protected ones, the newest and the best. They
+    lose their name before their files, so that none is ever half there."""
+    steps = [step for step in list_checkpoints(output_dir) if limit is not None and looks_complete(os.path.join(output_dir, f"checkpoint-{step}"))]
+    excess = max(0, len(steps) - (limit or 0))
     for step in [step for step in reversed(steps) if step not in protected][:excess]:
         doomed = os.path.join(output_dir, f"tmp-deleted-checkpoint-{step}")
         os.rename(os.path.join(output_dir, f"checkpoint-{step}"), doomed)
         remove(doomed)
+
+
+def looks_complete(path: str) -> bool:
+    """Whether a checkpoint has the files of its manifest, in their sizes; contents are not read."""
+    try:
+        check_files(path, read_manifest(path), ranks=0)
+    except UsageError:
+        return False
+    return True
 
 
 def remove(path: str) -> None:
@@ -411,26 +404,32 @@ def find_checkpoint(args, world: World) -> str | None:
     nothing to resume from. A damaged checkpoint that an older one is used for is renamed, so that the name keeps its meaning."""
     wanted, output_dir = args.resume_from_checkpoint, args.output_dir
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    candidates, timed_out, error = [], 0, None
+    candidates, error, job, damaged = [], None, os.environ.get("TORCHELASTIC_RUN_ID"), []
     try:
         if world.writes:
             prepare_output_dir(output_dir, world.on_exit)
         if world.is_main:
+            before = read_status(output_dir)
+            restarted = restarted and job is not None and before.get("job") == job      # what was refused at first is not allowed at second
             candidates = list_candidates(wanted, output_dir, restarted)
-            timed_out = restarted and read_status(output_dir).get("exit") == 75
+            world.status["started"] = before["started"] if restarted else time.time()
     except UsageError as failure:
         error = failure
     world.raise_together(error)
-    world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
-    if world.max(int(timed_out))[0]:
+    timed_out, restarted = world.max(int(restarted and world.is_main and before.get("exit") == 75), int(restarted and world.is_main))
+    if timed_out:
         raise SystemExit(75)        # --max_time is for the job, and torchrun would start it over and over
-    damaged = []
     candidates = world.gather_json(candidates)[0]
+    world.status["job"] = job if restarted else None
+    world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
     for path in candidates:
         problem, is_damaged = find_damage(path, world, args.save_on_each_node)
         if problem is None:
-            for old in damaged if world.writes else []:
-                os.rename(old, unused_path(os.path.join(output_dir, f"damaged-{os.path.basename(old)}")))
+            with world.writing(output_dir):
+                for old in damaged:
+                    if world.writes and os.path.lexists(old):
+                        os.rename(old, unused_path(os.path.join(output_dir, f"damaged-{os.path.basename(old)}")))
+            write_status(output_dir, world, job=job)
             return path
         if path == wanted and not restarted:
             raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
@@ -440,6 +439,7 @@ def find_checkpoint(args, world: World) -> str | None:
     if candidates or (wanted or "").lower() == "true":
         raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
                          f"give the path of one, or start a new run in another --output_dir", 3)
+    write_status(output_dir, world, job=job)
     return None
 
 
@@ -543,6 +543,8 @@ def find_damage(path: str, world: World, each_node: bool) -> tuple[str | None, b
         problem, is_damaged = str(error).removeprefix(path + os.sep), True
     reports = world.gather_json([problem, is_damaged, identity])
     for rank, (problem, is_damaged, found) in enumerate(reports):
+        if problem is not None and "its format is" in problem:      # neither skipped nor replaced: another version of this program may need it
+            raise UsageError(f"{path}: {problem}", 3)
         if problem is not None:
             return problem + f" (seen by rank {rank})" * (rank > 0), is_damaged
         if found != reports[0][2] and not each_node:
@@ -573,7 +575,7 @@ def read_manifest(path: str) -> dict:
 
 
 def check_files(path: str, manifest: dict, rank: int = 0, ranks: int = 1) -> None:
-    """That a folder has the files of its manifest and no others. Of several ranks each hashes every N-th."""
+    """That a folder has the files of its manifest and no others. Of several ranks each hashes every N-th (of 0 ranks: nobody any)."""
     with reading(path, "manifest.json"):
         expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     found = set(os.listdir(path)) - {"manifest.json"}
@@ -586,7 +588,7 @@ def check_files(path: str, manifest: dict, rank: int = 0, ranks: int = 1) -> Non
                 raise ValueError("it is not a plain file with a plain name")
             if info.st_size != expected[name][0]:
                 raise ValueError(f"it has {info.st_size:,} bytes, and {expected[name][0]:,} were saved")
-    for name in sorted(expected)[rank::ranks]:
+    for name in sorted(expected)[rank::ranks] if ranks else []:
         with reading(path, name):
             if describe_file(os.path.join(path, name))["sha256"] != expected[name][1]:
                 raise ValueError("its content is not what was saved (SHA-256)")
@@ -620,7 +622,8 @@ def read_json(folder: str, name: str) -> dict:
 # ---------------------------------------------------------------------------------------------------- status
 
 def write_status(output_dir: str, world: World, **changes) -> None:
-    """Tells others how the run is: {"state": "running" | "finished" | "stopped" | "failed", "step", "reason", "exit"}."""
+    """Tells others how the run is: {"state": "running" | "finished" | "stopped" | "failed", "step", "reason", "exit"}, and until it
+    is finished when its job was started, and the number that torchrun gave the job."""
     world.status.update(changes)
     path = os.path.join(output_dir, "status.json")
     if world.is_main:

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -48,8 +50,7 @@ class World:
     local_world_size: int = 1
     node: int = 0                            # number of the host
     writes: bool = True                      # into output_dir what all ranks hold: rank 0, with --save_on_each_node one rank of each host
-    began: float = field(default_factory=time.monotonic)
-    status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None})
+    status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None, "started": time.time()})
     on_exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)     # what is to be undone when the world is closed
 
     @property
@@ -107,21 +108,31 @@ class World:
         try:
             yield
         except OSError as failure:
-            error = UsageError(f"cannot write {path}: {failure}; free space or permissions there, then resume", 5)
+            with contextlib.suppress(OSError):
+                failure.strerror = f"{failure.strerror}, {shutil.disk_usage(os.path.dirname(path)).free:,} bytes are free"
+            error = UsageError(f"cannot write {path}: {failure}; older checkpoints are as they were. Free space or permissions there, then resume", 5)
+        except Exception as failure:    # noqa: BLE001  the others wait here
+            error = failure
         self.raise_together(error)
 
 
 opened: Counter[str] = Counter()   # worlds opened by this process, by the address they met at
 
 
-def open_store(rank: int, world_size: int) -> dist.Store:
+def torchrun_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """Where ranks find each other. Each restart and each world of a process gets keys of its own: a store that outlives
     a group would else hand out the addresses of dead peers."""
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0 and not torchrun_serves, multi_tenant=True)
-    except dist.DistError as error:
+        if torchrun_serves():     # or it is dead, and nobody will ever answer
+            socket.create_connection((host, int(port)), timeout_s).close()
+        store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0 and not torchrun_serves(), multi_tenant=True,
+                              timeout=timedelta(seconds=timeout_s))
+    except (dist.DistError, OSError) as error:
         raise UsageError(f"rank {rank} cannot {'open' if rank == 0 else 'reach'} {host}:{port}, where the ranks meet (MASTER_ADDR, MASTER_PORT): "
                          f"{str(error).splitlines()[0][:160]}", 6) from None
     opened[f"{host}:{port}"] += 1
@@ -135,7 +146,7 @@ def open_world(args) -> Iterator[World]:
     An error on one rank ends all of them: those that lose touch with it raise a UsageError with its message, or, when nobody
     knows, with the collective that failed and the ranks that are silent (exit code 6). Workers die with their torchrun."""
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if torchrun_serves() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: they have sessions of their own, and would write on as orphans
     cuda = torch.cuda.is_available() and not args.use_cpu
     if cuda and local_rank >= torch.cuda.device_count():
@@ -157,10 +168,10 @@ def open_world(args) -> Iterator[World]:
 @contextlib.contextmanager
 def joined(args, rank: int, world_size: int, cuda: bool) -> Iterator[None]:
     """The process group, if there are several ranks, and what an error means when ranks have lost touch."""
+    store = open_store(rank, world_size, args.ddp_timeout) if world_size > 1 or torchrun_serves() else None
     if world_size == 1:
         yield
         return
-    store = open_store(rank, world_size)
     # gloo carries the small host-side values, NCCL (where there are GPUs) the gradients
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=timedelta(seconds=args.ddp_timeout))
@@ -221,7 +232,7 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
 
     def roll_call() -> None:
         with contextlib.suppress(dist.DistError):
-            store.set(f"left{rank}", "" if lost_peer else f"{type(error).__name__}: {error}")
+            store.set(f"left{rank}", "" if lost_peer else json.dumps([f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1)]))
             if lost_peer:
                 with contextlib.suppress(dist.DistStoreError):      # some are silent
                     store.wait([f"left{r}" for r in range(world_size)], timedelta(seconds=ROLL_CALL_S))
@@ -233,7 +244,8 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
         return error
     for r, message in told.items():
         if message:
-            return UsageError(f"rank {rank} stops in {name} ({line}): rank {r} failed with {message}", 1)
+            said, code = json.loads(message)
+            return UsageError(f"rank {rank} stops in {name} ({line}): rank {r} failed with {said}", code)
     silent = [r for r in range(world_size) if r not in told] if told else [0]       # rank 0 keeps the store where torchrun does not
     what = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} did not answer: dead (see its own message), stopped, or busy for longer " \
            f"than --ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \

@@ -85,7 +85,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
     epoch_length = args.max_steps * args.gradient_accumulation_steps if train_loader.num_samples is None else len(train_loader)
     if state.finished:
-        write_status(args.output_dir, run.world, state="finished", step=state.global_step, exit=0)
+        write_status(args.output_dir, run.world, state="finished", step=state.global_step, exit=0, job=None, started=None)
         return next(row for row in reversed(state.log_history) if "train_loss" in row)
     run.model.train()
     if hasattr(run.optimizer, "train"):     # schedule-free optimizers evaluate other weights than they train
@@ -138,7 +138,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         if callbacks.unwritten:
             raise UsageError(f"the last rows could not be written to {state.log_path}: free space there, then resume", 5)
         callbacks.fire("on_train_end", run)
-    write_status(args.output_dir, run.world, state="finished", exit=0)
+    write_status(args.output_dir, run.world, state="finished", exit=0, job=None, started=None)
     state.in_training = False
     return metrics
 
@@ -252,7 +252,7 @@ class Meter:
         if self.run.args.max_time is not None:
             now = time.monotonic()
             self.longest_update, self.last_end = max(self.longest_update, now - self.last_end), now
-            if now - self.run.world.began + self.longest_update + 2 * self.saver.seconds > seconds(self.run.args.max_time):
+            if time.time() - self.run.world.status["started"] + self.longest_update + 2 * self.saver.seconds > seconds(self.run.args.max_time):
                 self.run.callbacks.stop_code = 75
 
     def final_metrics(self) -> dict:
@@ -344,7 +344,7 @@ def catching_signals(run: Run) -> Iterator[None]:
         os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")
         run.callbacks.stop_code = 128 + number
         for each in previous:
-            signal.signal(each, lambda number, frame: os._exit(128 + number))
+            signal.signal(each, signal.SIG_DFL)      # even where a collective waits for ever
     for number in previous:
         signal.signal(number, catch)
     try:

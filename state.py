@@ -68,6 +68,7 @@ class TrainState:
     data: str = ""                  # what identifies the training data: other data would make positions meaningless
     best_metric: float | None = None    # best value of --metric_for_best_model so far, and the update it was evaluated after
     best_global_step: int = 0
+    best_saved_step: int = 0        # the best update that has a checkpoint
     max_steps: int = runtime(default=0)
     num_train_epochs: int = runtime(default=0)
     logging_steps: int = runtime(default=0)         # intervals in updates, ratios resolved
@@ -85,8 +86,8 @@ class TrainState:
 
     @property
     def best_model_checkpoint(self) -> str | None:
-        """Folder of the best update's checkpoint, if it was saved."""
-        path = os.path.join(os.path.dirname(self.log_path), f"checkpoint-{self.best_global_step}")
+        """Folder of the best update that was saved."""
+        path = os.path.join(os.path.dirname(self.log_path), f"checkpoint-{self.best_saved_step}")
         return path if os.path.isdir(path) else None
 
     @property

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from callbacks import Callback, CheckReplicas
-from checkpoint import Saver, list_checkpoints, verify
+from checkpoint import Saver, checksum, list_checkpoints, verify
 from distributed import local_part
 from loop import train
 from loss import compute_loss
@@ -27,7 +28,8 @@ SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
 
 def status(folder) -> dict:
-    return json.loads((Path(folder) / "status.json").read_text())
+    found = json.loads((Path(folder) / "status.json").read_text())
+    return {name: found[name] for name in ("state", "step", "reason", "exit")}
 
 
 def names(folder) -> list[str]:
@@ -111,7 +113,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("save_async", [False, True])
 def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(small_disk, save_async, capsys):
     (small_disk / "filler").write_bytes(b"x" * 120_000)      # there is room for one
-    with pytest.raises(UsageError, match=r"No space left on device.*this rank writes [\d,]+ bytes, and [\d,]+ are free.*older checkpoints") as error:
+    with pytest.raises(UsageError, match=r"No space left on device.*this rank writes [\d,]+ bytes.*[\d,]+ bytes are free.*older checkpoints") as error:
         run_training(arguments(small_disk, save_async=save_async, **SAVING))
     assert error.value.exit_code == 5 and names(small_disk) == [".lock", "checkpoint-2", "filler", "metrics.jsonl", "status.json"]
     verify(str(small_disk / "checkpoint-2"))
@@ -131,6 +133,20 @@ def test_after_a_failed_save_training_can_go_on_to_the_next(small_disk, save_asy
     assert "training goes on" in capsys.readouterr().err
     assert run.state.global_step == 6 and list_checkpoints(small_disk) == [6]
     assert not [name for name in names(small_disk) if name.startswith("tmp")]
+
+
+def test_after_a_failed_save_in_the_background_the_last_one_is_still_made(small_disk, capsys):
+    (small_disk / "filler").write_bytes(b"x" * 270_000)
+    with toy_run(arguments(small_disk, save_errors="continue", save_async=True)) as (run, *_):
+        saver = Saver(run)
+        run.state.global_step = 2
+        saver.save()
+        assert "No space left" in str(saver.stage.exception())
+        (small_disk / "filler").unlink()
+        run.state.global_step = 3
+        saver.save(last=True)
+        saver.finish(last=True)
+    assert list_checkpoints(small_disk) == [3] and "training goes on" in capsys.readouterr().err
 
 
 def test_a_failed_last_save_is_exit_code_5_all_the_same(small_disk):
@@ -175,7 +191,6 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_no_rank_waits(ranks, tmp
 
 
 def test_a_removed_folder_is_an_error_that_names_it(tmp_path):
-    import shutil
     with pytest.raises(UsageError, match=f"{tmp_path}/run") as error:
         run_training(arguments(tmp_path / "run", **SAVING), callbacks=[At(3, lambda state, control: shutil.rmtree(tmp_path / "run"))])
     assert error.value.exit_code == 5
@@ -240,7 +255,7 @@ def loss(model, batch):
 run_training(arguments(sys.argv[1], eval_strategy="steps", eval_steps=2, max_steps=4), loss, eval_set=sequences(2))
 """
     done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 128 + signal.SIGTERM and done.stdout.count("evaluating") == 2 and list_checkpoints(tmp_path) == []
+    assert done.returncode == -signal.SIGTERM and done.stdout.count("evaluating") == 2 and list_checkpoints(tmp_path) == []
 
 
 def timed(output_dir, max_time, steps):
@@ -270,19 +285,37 @@ def test_max_time_saves_in_time_and_the_next_start_goes_on(ranks, tmp_path):
 
 
 def test_a_start_by_torchrun_after_a_failure_goes_on_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+
+    def started(folder, step, *resume):
+        """The folder of a job whose first start was accepted, and cut after an update."""
+        cut(tmp_path / "whole", tmp_path / folder, step)
+        (tmp_path / folder / "status.json").write_text(json.dumps({"job": "job", "started": time.time()}))
+        return finish(tmp_path / folder, *resume)
     whole = finish(tmp_path / "whole")
-    cut(tmp_path / "whole", tmp_path / "part", 4)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert finish(tmp_path / "part") == whole       # without any flag
-    cut(tmp_path / "whole", tmp_path / "none", 0)
-    assert finish(tmp_path / "none") == whole       # it had not got to its first checkpoint
-    cut(tmp_path / "whole", tmp_path / "other", 0)
-    assert finish(tmp_path / "other", str(tmp_path / "whole" / "checkpoint-2")) == whole
-    assert interrupted(tmp_path / "late", 2, signal.SIGTERM) == 143
-    (tmp_path / "late" / "status.json").write_text('{"exit": 75}')
+    assert started("part", 4) == whole       # without any flag
+    assert started("none", 0) == whole       # it had not got to its first checkpoint
+    assert started("other", 0, str(tmp_path / "whole" / "checkpoint-2")) == whole
+    cut(tmp_path / "whole", tmp_path / "late", 4)
+    (tmp_path / "late" / "status.json").write_text(json.dumps({"job": "job", "started": 0, "exit": 75}))
     with pytest.raises(SystemExit) as stop:
         finish(tmp_path / "late")
     assert stop.value.code == 75        # time is up for the job, not for this start of it
+
+
+def test_what_was_refused_is_refused_again_when_torchrun_starts_it_once_more(tmp_path, monkeypatch):
+    finish(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
+    (tmp_path / "hurt" / "checkpoint-9" / "rng-0.json").unlink()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    for attempt in "012":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        for resume, said in ((None, "already holds a run"), (str(tmp_path / "whole" / "checkpoint-4"), "goes on to checkpoint-9")):
+            with pytest.raises(UsageError, match=said):
+                finish(tmp_path / "whole", resume)
+        with pytest.raises(UsageError, match="rng-0.json cannot be used: it is missing"):
+            finish(tmp_path / "hurt", str(tmp_path / "hurt" / "checkpoint-9"))
 
 
 # ---------------------------------------------------------------------------------------------------- which are kept
@@ -299,6 +332,42 @@ def test_rotation_spares_the_newest_and_the_best(tmp_path, changes, limit, kept)
     run = run_training(args, train_set=sequences(11), eval_set=sequences(3), callbacks=[Pretend()])
     assert list_checkpoints(tmp_path) == kept
     assert run.state.best_model_checkpoint == (f"{tmp_path}/checkpoint-{kept[-1]}" if changes else None)
+
+
+@pytest.mark.parametrize("save_async", [False, True])
+def test_the_best_that_was_saved_stays_when_a_better_one_was_not(tmp_path, save_async):
+    values = iter([3.0, 1.0, 0.5, 2.0, 2.0, 2.0])
+
+    class Pretend(Callback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = next(values)
+    run = run_training(arguments(tmp_path, save_total_limit=1, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", save_async=save_async,
+                                 **SAVING), eval_set=sequences(3), callbacks=[Pretend()])
+    assert list_checkpoints(tmp_path) == [6, 2] and run.state.best_global_step == 3
+    assert run.state.best_model_checkpoint == f"{tmp_path}/checkpoint-2"
+
+
+def test_what_is_not_complete_does_not_count_among_those_to_keep(tmp_path):
+    run_training(arguments(tmp_path, **{**SAVING, "max_steps": 8}))
+    (tmp_path / "checkpoint-4" / "state.json").unlink()
+    run_training(arguments(tmp_path, **{**SAVING, "max_steps": 10}, save_total_limit=3, resume_from_checkpoint="True"))
+    assert list_checkpoints(tmp_path) == [10, 8, 6, 4]
+
+
+def test_a_run_that_ends_where_it_is_resumed_has_its_checkpoint_in_its_own_folder(tmp_path):
+    run_training(arguments(tmp_path / "a", **SAVING))
+    run_training(arguments(tmp_path / "b", **SAVING, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6")))
+    assert list_checkpoints(tmp_path / "b") == [6]
+
+
+def test_a_checkpoint_of_another_version_is_neither_skipped_nor_replaced(tmp_path):
+    run_training(arguments(tmp_path, **SAVING))
+    manifest = json.loads((tmp_path / "checkpoint-6" / "manifest.json").read_text())
+    manifest["format"] += 1
+    (tmp_path / "checkpoint-6" / "manifest.json").write_text(json.dumps({**manifest, "sha256": checksum(manifest)}))
+    with pytest.raises(UsageError, match="checkpoint-6: its format is 4, and this program knows 3") as error:
+        run_training(arguments(tmp_path, **SAVING, resume_from_checkpoint="auto"))
+    assert error.value.exit_code == 3 and list_checkpoints(tmp_path) == [6, 4, 2]
 
 
 def test_save_strategy_best_saves_when_an_evaluation_is_better_and_at_the_end(tmp_path):
@@ -406,8 +475,11 @@ def test_every_host_can_have_whole_checkpoints_on_a_disk_of_its_own(ranks, tmp_p
     ranks.run(2, on_own_disk, tmp_path / "part", {**each, "max_steps": 4})
     assert [names(tmp_path / "part" / rank / "run" / "checkpoint-4") for rank in "01"] == \
         [["args.json", "manifest.json", "model.safetensors", f"optimizer-{rank}.safetensors", f"rng-{rank}.json", "state.json"] for rank in "01"]
+    shutil.copytree(tmp_path / "part", tmp_path / "lost")
     (tmp_path / "part" / "1" / "run" / "checkpoint-4" / "state.json").unlink()      # then both go back to 2
-    assert ranks.run(2, on_own_disk, tmp_path / "part", each, "auto") == whole
+    shutil.rmtree(tmp_path / "lost" / "1" / "run" / "checkpoint-4")
+    for folder in ("part", "lost"):
+        assert ranks.run(2, on_own_disk, tmp_path / folder, each, "auto") == whole
     (code, said), _ = ranks.run(2, on_own_disk, tmp_path / "fsdp", {**each, "strategy": "fsdp"})
     assert code == 2 and "--save_on_each_node needs all of the run on each host, and --strategy fsdp splits it" in said
 
