@@ -34,7 +34,7 @@ class TrainArgs:
     allow_change: str | None = arg(None, "what may differ from the resumed run all the same, with commas: names of flags, or data")
     seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1, fixed=True)
     data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1, fixed=True)
-    max_time: str | None = arg(None, "HH:MM:SS after which the run saves and stops with exit code 75, in time for the save")
+    max_time: str | None = arg(None, "HH:MM:SS, counted once the ranks have met, before which the run saves and stops (exit code 75)")
     full_determinism: bool = arg(False, "only deterministic kernels; an operation without one is an error")
     use_cpu: bool = arg(False, "train on the CPU even where there is an accelerator")
     # -- data
@@ -300,7 +300,7 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
     fixed = [f.name for f in dataclasses.fields(a) if f.metadata["fixed"]]
     for name in filter(None, (a.allow_change or "").split(",")):
-        need("allow_change", name in (*fixed, "data"), f"allow_change={name}: expected names out of {', '.join(fixed)}, data; other flags may always change")
+        need("allow_change", name in (*fixed, "data"), f"allow_change={name}: expected names out of {', '.join(fixed)}, data; other flags need no permission, and --optim never gets it")
     for name in ("torch_compile_backend", "torch_compile_mode"):
         need(f"{name} torch_compile", a.torch_compile or getattr(a, name) is None, f"--{name} needs --torch_compile")
     if problems:

@@ -173,6 +173,7 @@ class Saver:
                 rotate(args.output_dir, args.save_total_limit, {self.step, run.state.best_saved_step})
             except OSError as error:
                 print(f"warning: an old checkpoint in {args.output_dir} could not be removed: {error}", file=sys.stderr)
+        write_status(args.output_dir, world, step=run.state.global_step)
         self.saved_step, self.step, self.seconds = self.step, None, time.monotonic() - self.began
         run.callbacks.fire("on_save", run)
 
@@ -412,7 +413,7 @@ def find_checkpoint(args, world: World) -> str | None:
             before = read_status(output_dir)
             restarted = restarted and job is not None and before.get("job") == job      # what was refused at first is not allowed at second
             candidates = list_candidates(wanted, output_dir, restarted)
-            world.status["started"] = before["started"] if restarted else time.time()
+            world.status |= {"started": before["started"] if restarted else time.time(), "step": before.get("step", 0)}
     except UsageError as failure:
         error = failure
     world.raise_together(error)
@@ -675,7 +676,7 @@ def load_state(path: str | None, args, data: str) -> TrainState:
     if refused:
         raise UsageError(f"{path} is of a run with " + "; ".join(f"{what} {old}, not {new}" for what, old, new, _ in refused)
                          + ": it would go on as a different one. Give what it was trained with, or start a new run; to go on all the "
-                         f"same, give --allow_change {','.join(name for *_, name in refused)}")
+                         f"same, give --allow_change {','.join(dict.fromkeys(name for *_, name in changes))}")
     return state
 
 
@@ -731,6 +732,8 @@ def load_checkpoint(run: Run, path: str) -> None:
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
         if ranks != run.world.world_size:
             print(f"  ranks: {ranks} -> {run.world.world_size}; random numbers start anew from the seed")
+        if (before := stored["state"]["samples_per_update"]) != run.state.samples_per_update:
+            print(f"  samples per update: {before} -> {run.state.samples_per_update}")
         for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
             print(f"  --{name}: {show(old)} -> {new}")
     if ranks == run.world.world_size:

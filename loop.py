@@ -362,6 +362,7 @@ def stop_early(run: Run, meter: Meter) -> None:
     reason = f"--max_time {run.args.max_time}" if code == 75 else signal.Signals(code - 128).name
     write_status(run.args.output_dir, run.world, state="stopped", step=step, reason=reason, exit=code)
     if run.world.is_main:
-        print(f"stopped by {reason} after update {step} of {run.state.max_steps}, saved in "
-              f"{run.args.output_dir}/checkpoint-{step}\nto go on: the same command with --resume_from_checkpoint True", file=sys.stderr)
+        how = "it holds weights alone (--save_only_model): the run cannot go on" if run.args.save_only_model else \
+            "to go on: the same command with --resume_from_checkpoint True"
+        print(f"stopped by {reason} after update {step} of {run.state.max_steps}, saved in {run.args.output_dir}/checkpoint-{step}\n{how}", file=sys.stderr)
     raise SystemExit(code)
