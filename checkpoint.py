@@ -35,7 +35,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -413,7 +412,7 @@ def find_checkpoint(args, world: World) -> str | None:
             before = read_status(output_dir)
             restarted = restarted and job is not None and before.get("job") == job      # what was refused at first is not allowed at second
             candidates = list_candidates(wanted, output_dir, restarted)
-            world.status |= {"started": before["started"] if restarted else time.time(), "step": before.get("step", 0)}
+            world.status.update(started=before["started"] if restarted else time.time(), step=before.get("step", 0))
     except UsageError as failure:
         error = failure
     world.raise_together(error)
@@ -659,12 +658,10 @@ def load_state(path: str | None, args, data: str) -> TrainState:
     if path is None:
         return TrainState(data=data)
     with reading(path, "state.json"):
-        stored = read_json(path, "state.json")["state"]
-        known = {f.name: f for f in fields(TrainState) if "runtime" not in f.metadata}
-        if stored.keys() != known.keys():
-            raise ValueError(f"it is of another version of this program: it differs in {sorted(stored.keys() ^ known.keys())}")
-        if wrong := [f"{name}={stored[name]!r:.100}" for name, f in known.items()
-                     if not FITS[f.type](stored[name]) or f.type == "int" and stored[name] < f.default]:
+        stored, fresh = read_json(path, "state.json")["state"], TrainState().to_dict()
+        if stored.keys() != fresh.keys():
+            raise ValueError(f"it is of another version of this program: it differs in {sorted(stored.keys() ^ fresh.keys())}")
+        if wrong := [f"{name}={stored[name]!r:.100}" for name in fresh if not alike(stored[name], fresh[name])]:
             raise ValueError(f"impossible values: {', '.join(wrong)}")
         state = TrainState(**stored)
     with reading(path, "args.json"):
@@ -680,19 +677,15 @@ def load_state(path: str | None, args, data: str) -> TrainState:
     return state
 
 
-FITS: dict[str, Callable] = {      # what values of a field of TrainState can be
-    "int": lambda v: type(v) is int and -1 <= v < 2**53, "bool": lambda v: type(v) is bool, "str": lambda v: type(v) is str and len(v) < 1000,
-    "float": lambda v: type(v) is float or type(v) is int and abs(v) < 2**53, "float | None": lambda v: v is None or FITS["float"](v),
-    "list[float]": lambda v: type(v) is list and all(map(FITS["float"], v))}
-
-
 def alike(value, ours) -> bool:
-    """Whether a value out of a file is built like this run's: the same keys, numbers for numbers, and a number or nothing for nothing."""
+    """Whether a value out of a file can be in the place of this run's: numbers for numbers, a number or nothing for nothing."""
     if isinstance(ours, dict):
         return isinstance(value, dict) and value.keys() == ours.keys() and all(alike(value[key], ours[key]) for key in ours)
-    if type(ours) not in (int, float) and (ours is not None or value is None):
-        return type(value) is type(ours)
-    return FITS["float"](value) and (type(ours) is not int or abs(value) < 2**31)
+    if isinstance(ours, (list, str, bool)):
+        return type(value) is type(ours) and (not isinstance(ours, list) or all(alike(number, 0.0) for number in value))
+    if type(ours) is int:
+        return type(value) is int and min(ours, 0) <= value < 2**53
+    return ours is value is None or type(value) is float or type(value) is int and abs(value) < 2**53
 
 
 def show(value) -> str:
@@ -712,7 +705,7 @@ def load_checkpoint(run: Run, path: str) -> None:
         load_optimizer(run, path, stored["optimizer"])
         run.callbacks.load_states(stored["callbacks"])
         ranks = stored["world_size"]
-        if not FITS["int"](ranks):
+        if not alike(ranks, 1):
             raise ValueError(f"impossible values: world_size={ranks!r:.100}")
         for name, keeper in (("scaler", run.precision), ("schedule", run.schedule)):     # another run may have had none of them
             ours = keeper.state_dict() if name == "scaler" or isinstance(keeper, Plateau) else {}
@@ -785,7 +778,7 @@ class PartFiles(contextlib.ExitStack):
             raise ValueError(f"its header should have {length:,} bytes")
         header = json.loads(os.pread(descriptor, length, 8))
         numbers = json.loads(header.pop("__metadata__", {}).get("numbers", "{}"))
-        if not all(value is None or type(value) is bool or FITS["float"](value) for value in numbers.values()):
+        if not all(type(value) is bool or alike(value, None) for value in numbers.values()):
             raise ValueError("its metadata holds other things than numbers")
         self.numbers |= numbers
         for key, entry in header.items():
