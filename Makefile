@@ -30,6 +30,7 @@ lint: $(VENV)/test.done
 bench: $(VENV)/test.done
 	$(RUN) -m bench.overhead
 	$(RUN) -m bench.memory
+	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo $(RUN) -m bench.saving
 	$(RUN) -m bench.numbers
 
 clean:

@@ -69,8 +69,14 @@ class Ours(Subject):
         self.run.state.global_step = step
         self.saver.save()
 
-    def finish(self) -> None:
-        self.saver.finish()
+    def finish(self) -> float:
+        blocked = 0.0
+        while self.saver.step is not None:      # as the training loop asks after each update
+            time.sleep(0.02)
+            begin = time.monotonic()
+            self.saver.poll()
+            blocked += time.monotonic() - begin
+        return blocked
 
     def load(self, path: str) -> None:
         assert find_damage(path, self.run.world, False) == (None, False)       # all hashes are right
