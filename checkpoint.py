@@ -528,25 +528,26 @@ def unused_path(path: str) -> str:
 
 
 def find_damage(path: str, world: World, each_node: bool) -> tuple[str | None, bool]:
-    """(why a checkpoint cannot be resumed from, or None; whether it is damaged). Ranks share the hashing of its files."""
-    problem, is_damaged, identity = None, False, ""
+    """(why a checkpoint cannot be resumed from, or None; whether it is damaged). Ranks share the hashing of its files. Raises
+    UsageError if it is another version's, which may still need it: it is neither skipped nor, later, replaced."""
+    kind, problem, identity = "", "", ""
     try:
         manifest = read_manifest(path)
         identity = manifest["sha256"]
         if manifest["format"] != FORMAT:
-            problem = f"its format is {show(manifest['format'])}, and this program knows {FORMAT}"
+            kind, problem = "foreign", f"its format is {show(manifest['format'])}, and this program knows {FORMAT}"
         elif manifest["only_model"]:
-            problem = "it holds weights alone (--save_only_model)"
+            kind, problem = "partial", "it holds weights alone (--save_only_model)"
         else:
             check_files(path, manifest, *((world.local_rank, world.local_world_size) if each_node else (world.rank, world.world_size)))
     except UsageError as error:
-        problem, is_damaged = str(error).removeprefix(path + os.sep), True
-    reports = world.gather_json([problem, is_damaged, identity])
-    for rank, (problem, is_damaged, found) in enumerate(reports):
-        if problem is not None and "its format is" in problem:      # neither skipped nor replaced: another version of this program may need it
+        kind, problem = "damaged", str(error).removeprefix(path + os.sep)
+    reports = world.gather_json([kind, problem, identity])
+    for rank, (kind, problem, found) in enumerate(reports):
+        if kind == "foreign":
             raise UsageError(f"{path}: {problem}", 3)
-        if problem is not None:
-            return problem + f" (seen by rank {rank})" * (rank > 0), is_damaged
+        if kind:
+            return problem + f" (seen by rank {rank})" * (rank > 0), kind == "damaged"
         if found != reports[0][2] and not each_node:
             return f"rank {rank} sees another checkpoint under that name than rank 0: all need the same folder, or --save_on_each_node", False
     return None, False

@@ -259,9 +259,9 @@ run_training(arguments(sys.argv[1], eval_strategy="steps", eval_steps=2, max_ste
 
 
 def timed(output_dir, max_time, steps):
-    """Updates of a tenth of a second; the exit code, and the updates done."""
+    """Updates of a twentieth of a second; the exit code, and the updates done."""
     def slow(model, batch):
-        end = time.monotonic() + 0.1
+        end = time.monotonic() + 0.05
         while time.monotonic() < end: pass
         return compute_loss(model, batch)
     args = arguments(output_dir, max_steps=steps, max_time=max_time, save_strategy="steps", save_steps=5, resume_from_checkpoint="auto")
@@ -274,13 +274,13 @@ def timed(output_dir, max_time, steps):
 
 
 def test_max_time_saves_in_time_and_the_next_start_goes_on(ranks, tmp_path):
-    (code, first), other = ranks.run(2, timed, tmp_path / "part", "00:00:02", 40)
-    assert (code, first) == other == (75, first) and 0 < first < 40
-    assert list_checkpoints(tmp_path / "part")[0] == first and status(tmp_path / "part")["reason"] == "--max_time 00:00:02"
+    (code, first), other = ranks.run(2, timed, tmp_path / "part", "00:00:01", 20)
+    assert (code, first) == other == (75, first) and 0 < first < 20
+    assert list_checkpoints(tmp_path / "part")[0] == first and status(tmp_path / "part")["reason"] == "--max_time 00:00:01"
     while code == 75:
-        (code, done), _ = ranks.run(2, timed, tmp_path / "part", "00:00:02", 40)
-    assert (code, done) == (0, 40)
-    assert ranks.run(2, timed, tmp_path / "whole", None, 40)[0] == (0, 40)
+        (code, done), _ = ranks.run(2, timed, tmp_path / "part", "00:00:01", 20)
+    assert (code, done) == (0, 20)
+    assert ranks.run(2, timed, tmp_path / "whole", None, 20)[0] == (0, 20)
     assert [timeless(row) for row in rows(tmp_path / "part")] == [timeless(row) for row in rows(tmp_path / "whole")]
 
 
