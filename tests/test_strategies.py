@@ -310,8 +310,8 @@ def gathers(output_dir, world_size: int, **changes) -> int:
 
 
 def test_an_evaluation_gathers_weights_only_where_it_changes_them(ranks, tmp_path):
-    assert on_ranks(ranks, gathers, tmp_path, world_size=2) == [0, 0]
-    assert on_ranks(ranks, gathers, tmp_path, world_size=2, ema_decay=0.5) == [2, 2]
+    assert on_ranks(ranks, gathers, tmp_path / "plain", world_size=2) == [0, 0]
+    assert on_ranks(ranks, gathers, tmp_path / "averaged", world_size=2, ema_decay=0.5) == [2, 2]
 
 
 class Alive(TorchDispatchMode):
