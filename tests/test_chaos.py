@@ -30,7 +30,7 @@ def memory_disk(tmp_path):
         yield folder
 
 
-@pytest.mark.parametrize("case, kills", [("one", 8), ("ddp", 4), ("fsdp", 4), ("worker", 1)])
+@pytest.mark.parametrize("case, kills", [("one", 6), ("ddp", 3), ("fsdp", 3), ("worker", 1)])
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(fresh, tmp_path, case, kills):
     assert fresh(show, case, str(tmp_path), kills)
 
@@ -92,6 +92,5 @@ def test_every_crash_point_of_a_save(fresh, memory_disk, save_async):
     assert fresh(crash_everywhere, memory_disk, save_async, False) > 30
 
 
-@pytest.mark.parametrize("save_async", [False, True])
-def test_every_torn_write_of_a_save(fresh, memory_disk, save_async):
-    assert fresh(crash_everywhere, memory_disk, save_async, True) > 10
+def test_every_torn_write_of_a_save(fresh, memory_disk):
+    assert fresh(crash_everywhere, memory_disk, False, True) > 10
