@@ -85,7 +85,7 @@ class Callbacks:
             with run.world.writing(run.state.log_path):
                 self.write_rows(run)
         except UsageError as error:
-            if run.args.save_errors == "stop":
+            if error.exit_code != 5 or run.args.save_errors == "stop":
                 raise
             if run.world.is_main:
                 print(f"warning: {error}; the row waits for the next one (--save_errors continue)", file=sys.stderr)

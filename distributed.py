@@ -193,7 +193,8 @@ def check_same_start(world: World, args) -> None:
         code.update(path.read_bytes())
     first, *others = world.gather_json({"source code": code.hexdigest()[:16], **args.to_dict()})
     for rank, other in enumerate(others, 1):
-        if different := [f"{name}: {other[name]!r}, and rank 0 with {first[name]!r}" for name in first if other[name] != first[name]]:
+        if different := [f"{name}: {other[name]!r}, and rank 0 with {first[name]!r}" for name in first if other[name] != first[name]
+                         and not (name == "output_dir" and args.save_on_each_node)]:
             raise UsageError(f"rank {rank} was started with another {'; '.join(different)}: start all alike")
 
 
