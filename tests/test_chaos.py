@@ -35,13 +35,13 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(fresh, tmp_path, 
     assert fresh(show, case, str(tmp_path), kills)
 
 
-def train_small(output_dir: str, save_async: bool, point: int = 0, torn: bool = False) -> None:
+def train_small(output_dir: str, point: int = 0, torn: bool = False) -> None:
     """2 updates, each of them saved, the first checkpoint removed after the second. Dies at `point`, if it is not 0."""
     if point:
         die_at(point, torn)
     model = torch.nn.Sequential(torch.nn.Linear(1, 3, bias=False), torch.nn.Dropout(0.5), torch.nn.Linear(3, 1, bias=False))
-    run_training(arguments(output_dir, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1, resume_from_checkpoint="auto",
-                           save_async=save_async), loss, model=model, train_set=Numbers(10))
+    run_training(arguments(output_dir, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1, resume_from_checkpoint="auto"),
+                 loss, model=model, train_set=Numbers(10))
 
 
 def loss(model, batch):
@@ -66,31 +66,27 @@ def die_at(point: int, torn: bool) -> None:
         setattr(os, name, partial(call_or_die, name, getattr(os, name)))
 
 
-def crash_everywhere(folder: str, save_async: bool, torn: bool) -> int:
+def crash_everywhere(folder: str, torn: bool) -> int:
     """How many points the saves of a small run have. Raises unless it goes on to the undisturbed outcome after a crash at each;
     crashes that leave the same files are gone on from once."""
     log = f"{folder}/log"
-    assert exit_codes(start(log, 1, train_small, f"{folder}/whole", save_async), log) == [0]
+    assert exit_codes(start(log, 1, train_small, f"{folder}/whole"), log) == [0]
     whole, step, seen = outcome(f"{folder}/whole"), 0, set()
     for point in itertools.count(1):
         run = f"{folder}/{point}"
-        died, = exit_codes(start(log, 1, train_small, run, save_async, point, torn), log)
+        died, = exit_codes(start(log, 1, train_small, run, point, torn), log)
         assert died in (0, 9) and newest(run) >= step, f"{run} {log}"
         step = newest(run)
         left = tuple(sorted((str(path.relative_to(run)), path.is_file() and path.stat().st_size) for path in Path(run).rglob("*")
                             if not path.parent.name.startswith("tmp-")))
         if left not in seen:
             seen.add(left)
-            assert exit_codes(start(log, 1, train_small, run, save_async), log) == [0], f"{run} {log}"
+            assert exit_codes(start(log, 1, train_small, run), log) == [0], f"{run} {log}"
             compare(run, whole)
         if not died:
             return point - 1
 
 
-@pytest.mark.parametrize("save_async", [False, True])
-def test_every_crash_point_of_a_save(fresh, memory_disk, save_async):
-    assert fresh(crash_everywhere, memory_disk, save_async, False) > 30
-
-
-def test_every_torn_write_of_a_save(fresh, memory_disk):
-    assert fresh(crash_everywhere, memory_disk, False, True) > 10
+@pytest.mark.parametrize("torn", [False, True])
+def test_every_crash_point_and_every_torn_write_of_a_save(fresh, memory_disk, torn):
+    assert fresh(crash_everywhere, memory_disk, torn) > (10 if torn else 30)

@@ -421,20 +421,3 @@ def test_weights_load_with_safetensors_alone(tmp_path):
     saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     assert saved.keys() == weights(run).keys()
     assert all(np.array_equal(saved[name], value) for name, value in weights(run).items())
-
-
-def test_a_killed_process_leaves_a_run_that_resumes_exactly(tmp_path):
-    """Through the command line and SIGKILL, in the middle of training."""
-    command = [sys.executable, str(ROOT / "train.py"), "--n_layer", "1", "--n_embd", "16", "--block_size", "16", "--max_steps", "200",
-               "--logging_steps", "5", "--save_steps", "20", "--dropout", "0.1"]
-    subprocess.run([*command, "--output_dir", tmp_path / "whole"], check=True, capture_output=True)
-    part = subprocess.Popen([*command, "--output_dir", tmp_path / "part"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list_checkpoints(tmp_path / "part"):
-        os.sched_yield()
-        assert part.poll() is None
-    part.kill()
-    assert part.wait() == -signal.SIGKILL
-    subprocess.run([*command, "--output_dir", tmp_path / "part", "--resume_from_checkpoint", "auto"], check=True, capture_output=True)
-    for name in ("model.safetensors", "optimizer-0.safetensors", "rng-0.json"):
-        assert (tmp_path / "part/checkpoint-200" / name).read_bytes() == (tmp_path / "whole/checkpoint-200" / name).read_bytes()
-    assert [timeless(row) for row in rows(tmp_path / "part")] == [timeless(row) for row in rows(tmp_path / "whole")]
