@@ -25,6 +25,15 @@ def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch["input_ids"], batch["labels"])
 
 
+def logits_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy () of a model that gives logits (..., classes), itself or as .logits, for all of the batch but `labels`
+    (...), where -100 is ignored: classification of samples or tokens, multiple choice, masked and sequence-to-sequence LM. Returns
+    the logits too, which spares evaluations a second forward pass."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    logits = getattr(output, "logits", output)
+    return cross_entropy(logits, batch["labels"]), logits
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy in nats, summed over labels that are not -100: logits (..., V), labels (...) -> (). Computed in float32 at
     least, whatever the logits come in. label_smoothing: weight of a uniform target (Szegedy et al. 2016, section 7)."""

@@ -36,6 +36,14 @@ class UsageError(ValueError):
         self.exit_code = exit_code
 
 
+class SampleError(UsageError):
+    """What a collator finds wrong with one of its samples. row: the sample's place in the list; the loader says which sample that is."""
+
+    def __init__(self, row: int, message: str):
+        super().__init__(message)
+        self.row = row
+
+
 @dataclass
 class TrainState:
     """Progress of a run. Names are those of the HF Trainer's state, so its callbacks can read them. `to_dict` is what a
