@@ -35,6 +35,10 @@ class TrainArgs:
     seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1, fixed=True)
     data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1, fixed=True)
     max_time: str | None = arg(None, "HH:MM:SS, counted once the ranks have met, before which the run saves and stops (exit code 75)")
+    do_train: bool = arg(False, "train; this is also what happens without do_eval and do_predict")
+    do_eval: bool = arg(False, "evaluate on the held-out data, at the end of training or without training a checkpoint of output_dir"
+                        " (the best with load_best_model_at_end, else the newest) or the one of resume_from_checkpoint")
+    do_predict: bool = arg(False, "the same, and write the predictions for --test_dataset or the held-out data to test_predictions.npy")
     full_determinism: bool = arg(False, "only deterministic kernels; an operation without one is an error")
     use_cpu: bool = arg(False, "train on the CPU even where there is an accelerator")
     # -- data
@@ -42,11 +46,18 @@ class TrainArgs:
                               " default: the source code of Python's standard library")
     dataset_config_name: str | None = arg(None, "configuration of a named data set")
     eval_dataset: str | None = arg(None, "files or name of the held-out data (default: 5%% of the blocks of --dataset)")
+    test_dataset: str | None = arg(None, "files or name of the data of do_predict (default: the held-out data)")
     text_column: str = arg("text", "column that holds the text of JSON, CSV, Parquet and named data sets")
     streaming: bool = arg(False, "read --dataset lazily, in its own order; needs --max_steps")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = arg(
         "random", "order of an epoch: shuffled, that of the data, or shuffled with samples of like length together; a stream has its own", fixed=True)
     dataloader_drop_last: bool = arg(False, "leave out the last incomplete round of micro-batches of an epoch")
+    dataloader_num_workers: int = arg(0, "processes per rank that fetch and collate samples ahead of training", 0, 10_000)
+    dataloader_prefetch_factor: int | None = arg(None, "micro-batches that each of them prepares ahead (default: 2)", 1, 10**6)
+    dataloader_persistent_workers: bool = arg(False, "keep them from epoch to epoch")
+    dataloader_pin_memory: bool = arg(True, "put micro-batches for a GPU into pinned memory")
+    remove_unused_columns: bool = arg(True, "leave out columns of a data set of the package datasets that the model does not take")
+    label_names: str | None = arg(None, "columns that are labels, with commas (default: labels, or start_positions,end_positions)")
     # -- model (model.py)
     n_layer: int = arg(4, "transformer blocks", 1, 1000, fixed=True)
     n_head: int = arg(4, "attention heads per block", 1, 1000, fixed=True)
@@ -111,8 +122,12 @@ class TrainArgs:
     eval_steps: float | None = arg(None, "updates between evaluations (default: logging_steps)", 0, 10**12)
     eval_delay: float = arg(0, "no evaluation before this many updates or epochs, by eval_strategy", 0, 10**12)
     eval_on_start: bool = arg(False, "evaluate once before training")
-    metric_for_best_model: str | None = arg(None, "metric of evaluations by which the best update is known, such as loss (default with save_strategy best)")
+    eval_accumulation_steps: int | None = arg(None, "micro-batches whose predictions wait on the device before the host takes them (default: 1)", 1, 10**9)
+    metric_for_best_model: str | None = arg(None, "metric of evaluations by which the best update is known (default: loss, where one is needed)")
     greater_is_better: bool | None = arg(None, "whether more of it is better (default: unless its name ends in loss)")
+    load_best_model_at_end: bool = arg(False, "after training, put the weights of the best update that was saved into the model")
+    early_stopping_patience: int | None = arg(None, "stop when this many evaluations in a row are no better than the best", 1, 10**9)
+    early_stopping_threshold: float = arg(0.0, "by how much an evaluation has to be better, to count", 0, 1e12)
     save_strategy: Literal["no", "steps", "epoch", "best"] = arg("steps", "when to save; the last update is saved too, unless no")
     save_steps: float = arg(500, "updates between checkpoints; below 1: the ratio of all updates", 0, 10**12)
     save_total_limit: int | None = arg(None, "checkpoints to keep, the newest ones and the best (default: all)", 1, 10**9)
@@ -127,6 +142,24 @@ class TrainArgs:
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.resume_from_checkpoint is not None:
             self.resume_from_checkpoint = os.path.expanduser(str(self.resume_from_checkpoint))
+        if self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+
+    @property
+    def trains(self) -> bool:
+        return self.do_train or not (self.do_eval or self.do_predict)
+
+    @property
+    def needs_held_out(self) -> bool:
+        return self.do_eval or self.trains and (self.eval_strategy != "no" or self.eval_on_start) or self.do_predict and self.test_dataset is None
+
+    @property
+    def best_key(self) -> str | None:
+        """The name of --metric_for_best_model among the metrics of an evaluation."""
+        name = self.metric_for_best_model
+        return name if name is None or name.startswith("eval_") else f"eval_{name}"
 
     def to_dict(self) -> dict:
         """The settings as plain values, as `json.dump` takes them."""
@@ -136,33 +169,36 @@ class TrainArgs:
 REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from the HF Trainer, and what to use here instead
     "overwrite_output_dir": "use a new --output_dir, or --resume_from_checkpoint True", "logging_dir": "logs are in --output_dir",
     "resume": "use --resume_from_checkpoint", "run_name": "a run is named by its --output_dir", "no_cuda": "use --use_cpu",
-    "evaluation_strategy do_eval": "use --eval_strategy", "do_train": "train.py always trains", "epochs": "use --num_train_epochs",
+    "evaluation_strategy": "use --eval_strategy", "epochs": "use --num_train_epochs",
     "per_gpu_train_batch_size train_batch_size batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate",
     "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "use --train_sampling_strategy",
-    "train_file data": "use --dataset", "validation_file": "use --eval_dataset", "warmup_ratio": "use --warmup_steps with a ratio below 1",
+    "train_file data": "use --dataset", "validation_file": "use --eval_dataset", "test_file": "use --test_dataset", "warmup_ratio": "use --warmup_steps with a ratio below 1",
     "gradient_checkpointing": "use --activation_checkpointing", "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp, or hsdp",
     "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "parallelism_config": "parallelism is in distributed.py",
     "fsdp_min_num_params": "use --fsdp_transformer_layer_cls_to_wrap", "ddp_backend": "leave it away: NCCL reduces on GPUs, gloo on CPUs", "sharding_strategy": "use --strategy",
     "ddp_static_graph": "there is no graph to keep static", "ddp_broadcast_buffers": "saved buffers are always rank 0's", "local_rank": "torchrun sets it in the environment",
     "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "tokenizer_name": "the built-in data is bytes",
     "length_column_name": "--train_sampling_strategy group_by_length goes by the length of input_ids",
-    "model_name_or_path": "the model is built in model.py", "remove_unused_columns": "the collator decides what the model gets",
-    "dataloader_num_workers": "data is read in the training process", "dispatch_batches": "each rank reads its own data",
+    "model_name_or_path": "the model is built in model.py", "dispatch_batches": "each rank reads its own data",
     "split_batches": "batch sizes are per rank", "accelerator_config": "batch sizes are per rank; see data.py", "adafactor": "use --optim",
     "average_tokens_across_devices": "the loss is always averaged over the items of all ranks", "push_to_hub_token": "log in with huggingface_hub",
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
     "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "include_tokens_per_second": "tokens_per_second is in every log",
     "report_to": "metrics.jsonl is the history; a callback's on_log can send it on", "save_safetensors": "checkpoints are always safetensors",
-    "load_best_model_at_end": "metrics.jsonl tells which checkpoint was best",
-    "include_inputs_for_metrics": "compute_metrics is a function of yours", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
+    "batch_eval_metrics": "give compute_metrics as an object with reset, update and compute: it sees the data batch by batch",
+    "include_for_metrics include_inputs_for_metrics": "a predict_fn returns all that metrics need", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
+    "prediction_loss_only": "predictions are made only where compute_metrics is given", "eval_do_concat_batches": "compute_metrics as an object sees each batch",
+    "eval_use_gather_object": "predictions are tensors", "dataloader_in_order": "batches are always in order",
+    "predict_with_generate generation_max_length generation_num_beams": "give evaluate a predict_fn that generates, as recipes/translation.py does",
     "half_precision_backend fp16_backend": "PyTorch's own is used", "tpu_num_cores": "there is no TPU support",
     "use_mps_device jit_mode_eval past_index mp_parameters use_ipex torchdynamo ray_scope fp16_opt_level": "it has no successor",
 }.items() for flag in flags.split()}
 
 
-def parse_args(argv: list[str] | None = None) -> TrainArgs:
+def parse_args(argv: list[str] | None = None, description: str = "Train a model.") -> TrainArgs:
     """The command line as `TrainArgs`. Raises one `UsageError` with every problem of the line, ranges included."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]", description="Train a model.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(TrainArgs):
         parser.add_argument(f"--{f.name}", nargs="?", const=MISSING, default=argparse.SUPPRESS, metavar=type_name(HINTS[f.name]),
                             help=f.metadata["help"] + ("" if f.default is None else f" [{f.default}]"))
@@ -273,7 +309,7 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
          f"n_embd={a.n_embd} must be a multiple of 2 * n_head = {2 * a.n_head}: rotary positions turn pairs in each head")
     need("streaming dataset", not a.streaming or a.dataset is not None, "--streaming needs --dataset: the default data is read whole")
     need("streaming max_steps", not a.streaming or a.max_steps > 0, "--streaming needs --max_steps: a stream has no length to count epochs by")
-    for name in ("eval_dataset", "dataset_config_name"):
+    for name in ("eval_dataset", "test_dataset", "dataset_config_name"):
         need(f"{name} dataset", getattr(a, name) is None or a.dataset is not None, f"--{name} needs --dataset: the default data brings its own")
     for name in ("output_dir", "text_column"):
         need(name, getattr(a, name).strip() != "", f"{name} is empty: give a name")
@@ -294,8 +330,20 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
                         ("ddp_bucket_cap_mb", a.ddp_bucket_cap_mb == 25.0 or not split),
                         ("ddp_find_unused_parameters", a.ddp_find_unused_parameters or not split)):
         need(f"{name} strategy", value, f"--{name} does nothing with --strategy {a.strategy}: leave it away")
-    need("save_strategy eval_strategy", a.save_strategy != "best" or a.eval_strategy != "no",
-         "--save_strategy best needs evaluations to compare: give --eval_strategy steps or epoch")
+    for name, used in (("save_strategy", a.save_strategy == "best"), ("load_best_model_at_end", a.load_best_model_at_end),
+                       ("early_stopping_patience", a.early_stopping_patience is not None)):
+        need(f"{name} eval_strategy", not used or not a.trains or a.eval_strategy != "no",
+             f"--{name} {getattr(a, name)} needs evaluations to compare: give --eval_strategy steps or epoch")
+    if a.load_best_model_at_end and a.trains and a.eval_strategy != "no" and a.save_strategy != "best":
+        need("save_strategy eval_strategy", a.save_strategy == a.eval_strategy, f"--load_best_model_at_end needs a checkpoint of each evaluation: "
+             f"--save_strategy {a.save_strategy} must be {a.eval_strategy} as --eval_strategy, or best")
+        ratio, multiple = (a.save_steps < 1) == (eval_steps < 1), round(a.save_steps * 1e6) % max(1, round(eval_steps * 1e6)) == 0   # as in the HF Trainer
+        need("save_steps eval_steps logging_steps", a.save_strategy != "steps" or ratio and multiple,
+             f"--load_best_model_at_end: save_steps={a.save_steps} must be a multiple of eval_steps={eval_steps}, or give --save_strategy best")
+    need("early_stopping_threshold early_stopping_patience", a.early_stopping_threshold == 0 or a.early_stopping_patience is not None,
+         "--early_stopping_threshold needs --early_stopping_patience")
+    for name, default in (("dataloader_prefetch_factor", None), ("dataloader_persistent_workers", False)):
+        need(f"{name} dataloader_num_workers", getattr(a, name) == default or a.dataloader_num_workers > 0, f"--{name} needs --dataloader_num_workers")
     need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
     fixed = [f.name for f in dataclasses.fields(a) if f.metadata["fixed"]]

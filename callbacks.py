@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -80,7 +81,8 @@ class Callbacks:
         """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank. Rows are whole, or not
         there; NaN and Infinity are written as Python's json does."""
         logs["epoch"] = run.state.epoch
-        self.unwritten += [json.dumps({**logs, "step": run.state.global_step}) + "\n"] if run.world.is_main else []
+        if run.world.is_main and run.state.log_path:        # evaluation without training leaves the history as it is
+            self.unwritten.append(json.dumps({**logs, "step": run.state.global_step}) + "\n")
         try:
             with run.world.writing(run.state.log_path):
                 self.write_rows(run)
@@ -142,6 +144,34 @@ class Callbacks:
                 if isinstance(current[key], (int, float)) and not isinstance(kept[key], (int, float, NoneType)):
                     raise TypeError(f"{name}.{key} is a {type(kept[key]).__name__}, not a number")
                 setattr(match, key, kept[key])
+
+
+def improves(args, value: float, best: float | None) -> bool:
+    """Whether a value of --metric_for_best_model is better than the best before; NaN is not."""
+    if best is None:
+        return not math.isnan(value)
+    return value > best if args.greater_is_better else value < best
+
+
+class EarlyStoppingCallback(Callback):
+    """Asks to stop when `early_stopping_patience` evaluations in a row were not better than the best before them by more than
+    `early_stopping_threshold` (semantics of transformers' callback of this name; the counter is kept in checkpoints)."""
+
+    def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0):
+        self.early_stopping_patience, self.early_stopping_threshold = early_stopping_patience, early_stopping_threshold
+        self.early_stopping_patience_counter = 0
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        value, best = metrics.get(args.best_key), state.best_metric
+        if value is None or not state.in_training:      # another of several data sets; that some set has it, the loop sees to
+            return
+        better = improves(args, value, best) and (best is None or abs(value - best) > self.early_stopping_threshold)
+        self.early_stopping_patience_counter = 0 if better or best is None else self.early_stopping_patience_counter + 1
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def state(self) -> dict:
+        return {"args": {"early_stopping_patience": self.early_stopping_patience, "early_stopping_threshold": self.early_stopping_threshold},
+                "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter}}
 
 
 class CheckReplicas(Callback):

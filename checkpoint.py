@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ from schedules import Plateau
 from state import Run, TrainState, UsageError
 from zero import ELEMENTWISE, Part, whole_parameters
 
-FORMAT = 3     # of the folder, in its manifest
+FORMAT = 4     # of the folder, in its manifest
 MAX_FILE_BYTES = 5 * 10**9      # of weights in one file
 MAX_JSON_BYTES = 2**26          # of a text, or the header of a file of tensors, that will be parsed
 CHUNK_BYTES = 2**24             # that are written, hashed or read at a time
@@ -279,7 +280,7 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
         optimizer = {"class": type(run.optimizer).__name__, "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
         files["state.json"] = plan_json({"state": run.state.to_dict(), "optimizer": optimizer, "callbacks": run.callbacks.states(),
-                                         "scaler": run.precision.state_dict(), "world_size": world.world_size,
+                                         "scaler": run.precision.state_dict(), "world_size": world.world_size, "stream": run.state.stream,
                                          "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {}})
     return files
 
@@ -443,6 +444,28 @@ def find_checkpoint(args, world: World) -> str | None:
     return None
 
 
+def find_weights(args, world: World) -> str:
+    """The checkpoint that --do_eval and --do_predict look at without training: the one of --resume_from_checkpoint, else the best
+    (--load_best_model_at_end) or newest in output_dir. Nothing is written or locked: its run may be going on."""
+    wanted, paths, error = args.resume_from_checkpoint, [], None
+    if wanted is not None and wanted.lower() not in ("true", "auto"):
+        return wanted
+    if world.is_main:
+        paths = [path for path in (os.path.join(args.output_dir, f"checkpoint-{step}") for step in list_checkpoints(args.output_dir)) if looks_complete(path)]
+        try:
+            if paths and args.load_best_model_at_end:
+                with reading(paths[0], "state.json"):
+                    best = read_json(paths[0], "state.json")["state"]["best_saved_step"]
+                    paths = [path for path in paths if path.endswith(f"checkpoint-{best}")]
+            if not paths:
+                raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{' of a best update' * args.load_best_model_at_end} in "
+                                 f"{args.output_dir}: give --resume_from_checkpoint PATH, or --do_train to train first", 3)
+        except UsageError as failure:
+            error = failure
+    world.raise_together(error)
+    return world.gather_json(paths)[0][0]
+
+
 def list_candidates(wanted: str | None, output_dir: str, restarted: bool) -> list[str]:
     """Paths of the checkpoints that may be resumed from, to be tried in this order; none for a fresh start."""
     steps = list_checkpoints(output_dir)
@@ -527,8 +550,8 @@ def unused_path(path: str) -> str:
     return unused_path(path + "+") if os.path.lexists(path) else path
 
 
-def find_damage(path: str, world: World, each_node: bool) -> tuple[str | None, bool]:
-    """(why a checkpoint cannot be resumed from, or None; whether it is damaged). Ranks share the hashing of its files. Raises
+def find_damage(path: str, world: World, each_node: bool, only_model: bool = False) -> tuple[str | None, bool]:
+    """(why a checkpoint cannot be used, or None; whether it is damaged). only_model: weights alone will do. Ranks share the hashing of its files. Raises
     UsageError if it is another version's, which may still need it: it is neither skipped nor, later, replaced."""
     kind, problem, identity = "", "", ""
     try:
@@ -536,7 +559,7 @@ def find_damage(path: str, world: World, each_node: bool) -> tuple[str | None, b
         identity = manifest["sha256"]
         if manifest["format"] != FORMAT:
             kind, problem = "foreign", f"its format is {show(manifest['format'])}, and this program knows {FORMAT}"
-        elif manifest["only_model"]:
+        elif manifest["only_model"] and not only_model:
             kind, problem = "partial", "it holds weights alone (--save_only_model)"
         else:
             check_files(path, manifest, *((world.local_rank, world.local_world_size) if each_node else (world.rank, world.world_size)))
@@ -659,12 +682,15 @@ def load_state(path: str | None, args, data: str) -> TrainState:
     if path is None:
         return TrainState(data=data)
     with reading(path, "state.json"):
-        stored, fresh = read_json(path, "state.json")["state"], TrainState().to_dict()
+        content, fresh = read_json(path, "state.json"), TrainState().to_dict()
+        stored = content["state"]
         if stored.keys() != fresh.keys():
             raise ValueError(f"it is of another version of this program: it differs in {sorted(stored.keys() ^ fresh.keys())}")
         if wrong := [f"{name}={stored[name]!r:.100}" for name in fresh if not alike(stored[name], fresh[name])]:
             raise ValueError(f"impossible values: {', '.join(wrong)}")
-        state = TrainState(**stored)
+        if not isinstance(content["stream"], (dict, NoneType)):
+            raise TypeError("impossible values: stream")
+        state = TrainState(**stored, stream=content["stream"])
     with reading(path, "args.json"):
         changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in changed_args(read_json(path, "args.json"), args) if fixed]
     if state.data != data:
@@ -699,8 +725,7 @@ def load_checkpoint(run: Run, path: str) -> None:
 
     The flags given now stay as they are; what differs from the checkpoint's is printed. Raises UsageError (exit code 3)
     if the tensors are not those of this run's model and optimizer."""
-    load_model(run.model, path)
-    run.parallel.adopt()
+    load_weights(run, path)
     with reading(path, "state.json"):
         stored = read_json(path, "state.json")
         load_optimizer(run, path, stored["optimizer"])
@@ -714,13 +739,6 @@ def load_checkpoint(run: Run, path: str) -> None:
                 if not alike(stored[name], ours):
                     raise ValueError(f"impossible values: {name}={stored[name]!r:.100}")
                 keeper.load_state_dict(stored[name])
-    if run.ema is not None:     # a checkpoint without averages starts them at its weights
-        with PartFiles(path, "ema") as averages, PartFiles(path, "model") as weights:
-            for part in run.ema.parts:
-                files = averages if averages.names else weights
-                with reading(path, files.name):
-                    check_state(part.name, files.found[part.name], part)
-                    files.fill(part.name, part.start, part.piece)
     if run.world.is_main:
         copy_history(os.path.dirname(os.path.abspath(path)), run)
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
@@ -735,6 +753,45 @@ def load_checkpoint(run: Run, path: str) -> None:
             set_rng_state(read_json(path, f"rng-{run.world.rank}.json"))
     else:
         set_seed(run.args.seed + run.world.rank + run.state.global_step)
+
+
+def load_weights(run: Run, path: str) -> None:
+    """The weights of a checkpoint and, where it has them, their averages: for --ema_decay, or to be evaluated in their place."""
+    load_model(run.model, path)
+    run.parallel.adopt()
+    with PartFiles(path, "ema") as averages, PartFiles(path, "model") as weights:       # without averages they start at the weights
+        if run.ema is not None or averages.names and not run.args.trains:
+            files = averages if averages.names else weights
+            for part in run.parallel.parts if run.ema is None else run.ema.parts:
+                with reading(path, files.name):
+                    check_state(part.name, files.found[part.name], part)
+                    files.fill(part.name, part.start, part.piece.detach())
+            if run.ema is None:
+                run.parallel.gather()
+
+
+def load_best(run: Run) -> None:
+    """--load_best_model_at_end, after training: the weights of the best update that was saved."""
+    best = run.state.best_model_checkpoint
+    if not run.args.load_best_model_at_end:
+        return
+    if best is None:
+        raise UsageError(f"--load_best_model_at_end: the best update, {run.state.best_global_step}, has no checkpoint in {run.args.output_dir}: no "
+                         f"evaluation gave a number, or it was removed. What was trained is in the newest checkpoint", 3)
+    load_for_evaluation(run, best)
+
+
+def load_for_evaluation(run: Run, path: str) -> None:
+    """What an evaluation needs of a checkpoint, after looking whether it is undamaged."""
+    problem, _ = find_damage(path, run.world, run.args.save_on_each_node, only_model=True)
+    if problem is not None:
+        raise UsageError(f"{path}: {problem}", 3)
+    load_weights(run, path)
+    if hasattr(run.optimizer, "eval"):      # a schedule-free one makes the weights to evaluate out of its state
+        with reading(path, "state.json"):
+            load_optimizer(run, path, read_json(path, "state.json")["optimizer"])
+    if run.world.is_main:
+        print(f"evaluating with the weights of {path}")
 
 
 def copy_history(source: str, run: Run) -> None:

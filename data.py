@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import inspect
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,26 +24,100 @@ from torch import Tensor
 
 from args import TrainArgs
 from collators import IGNORE
-from state import Batch, UsageError
+from distributed import set_seed
+from state import Batch, SampleError, UsageError
 
 # ---------------------------------------------------------------------------------------------------- micro-batches
+
+class Request(NamedTuple):
+    """What a micro-batch is to be made of: sample numbers, or of a stream the samples. Picklable, for worker processes."""
+
+    samples: list | None            # None: they are to be fetched from the data set
+    numbers: range | list[int]      # of the samples, in the data set or in the pass over a stream: what seeds and messages go by
+    num_samples: int                # 0: filler
+    epoch: int
+
+
+class Reader:
+    """Requests to micro-batches, in the training process or a worker. What it draws at random depends on seed, epoch and sample alone, so
+    it is the same for any batch size, number of ranks and workers, and after a resume."""
+
+    def __init__(self, dataset, collate: Callable[..., Batch], seed: int, vocab_size: int | None, num_labels: int | None):
+        self.dataset, self.collate, self.seed, self.vocab_size, self.num_labels = dataset, collate, seed, vocab_size, num_labels
+
+    def __len__(self) -> int:       # torch asks for one, and then does not use it
+        return 0
+
+    def __getitem__(self, request: Request) -> Batch | UsageError:
+        in_worker = torch.utils.data.get_worker_info() is not None
+        if in_worker:       # the global generators are the worker's own: for data sets that draw from them
+            set_seed(mix(self.seed, request.epoch, request.numbers[0]) % 2**32)
+        try:
+            return self.read(request)
+        except UsageError as error:
+            if in_worker:
+                return error        # raised there, torch would wrap it into a traceback
+            raise
+
+    def read(self, request: Request) -> Batch:
+        samples, numbers = request.samples, request.numbers
+        if samples is None:
+            fetch = getattr(self.dataset, "__getitems__", None)
+            samples = fetch(numbers) if fetch else [self.dataset[i] for i in numbers]
+        try:
+            if getattr(self.collate, "random", False):
+                batch = self.collate(samples, [mix(self.seed, request.epoch, number) for number in numbers])
+            else:
+                batch = self.collate(samples)
+        except SampleError as error:
+            raise UsageError(f"sample {numbers[error.row]}: {error}") from None
+        num_items = batch.get("num_items")
+        if num_items is None or int(num_items) != num_items:
+            raise UsageError(f"the collator must return num_items, the whole number of label items its loss sums over, not {num_items}: "
+                             f"add \"num_items\": int((labels != -100).sum()), or the number of samples")
+        if self.vocab_size is not None or self.num_labels is not None:
+            check_ids(batch, numbers, self.vocab_size, self.num_labels)
+        return {**batch, "num_items": int(num_items) if request.num_samples else 0, "num_samples": request.num_samples}
+
+
+def mix(*numbers: int) -> int:
+    """A seed of 63 bits, other for any other numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def check_ids(batch: Batch, numbers, vocab_size: int | None, num_labels: int | None) -> None:
+    """Token ids in [0, vocab_size), labels in [0, num_labels) or -100; else an error that names the sample. Without num_labels, labels of
+    the shape of input_ids are token ids."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if num_labels is None and ids is not None and labels is not None and labels.shape == ids.shape:
+        num_labels = vocab_size
+    for key, values, limit, also in (("input_ids", ids, vocab_size, ""), ("labels", labels, num_labels, " (-100 marks what is ignored)")):
+        if values is None or limit is None or values.is_floating_point():
+            continue
+        bad = ((values < 0) | (values >= limit)) & ((values != IGNORE) | (key == "input_ids"))
+        if bad.any():
+            row, *place = bad.nonzero()[0].tolist()
+            raise UsageError(f"sample {numbers[row]}: {key}{place or ''} is {values[(row, *place)]}, outside 0..{limit - 1}{also}")
+
 
 class Loader:
     """The micro-batches of one rank, in an order that depends only on (seed, epoch), with group_by_length on the round size too.
 
     dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order.
-    collate: list of samples -> batch of tensors with `num_items`. seed: of the epoch orders; None reads in sequence.
-    vocab_size: if given, token ids in `input_ids` and same-shaped `labels` are checked against it. group_by_length: each sample
-    is read once at the start, for the length of its `input_ids`.
+    collate: list of samples -> batch of tensors with `num_items`; one with the attribute `random` set is called with a seed for each
+    sample too. shuffle: else in sequence. seed: of the order of each epoch, and of what is drawn. vocab_size, num_labels: if given, what
+    `input_ids` and `labels` are checked against. group_by_length: each sample is read once at the start, for the length of its
+    `input_ids`. num_workers: processes that fetch and collate; a stream is read in this one, and collated there.
 
     All ranks get equally many micro-batches. A rank without samples in the last round gets one filler sample, marked by
     num_samples = 0, that the training and evaluation loops give no weight."""
 
-    def __init__(self, dataset, collate: Callable[[Any], Batch], batch_size: int, rank: int = 0, world_size: int = 1,
-                 seed: int | None = None, drop_last: bool = False, vocab_size: int | None = None, group_by_length: bool = False):
-        self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
-        self.rank, self.world_size, self.seed, self.drop_last = rank, world_size, seed, drop_last
-        self.vocab_size = None if isinstance(dataset, Blocks) else vocab_size   # blocks are checked when they are cut
+    def __init__(self, dataset, collate: Callable[..., Batch], batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
+                 shuffle: bool = False, group_by_length: bool = False, drop_last: bool = False, vocab_size: int | None = None,
+                 num_labels: int | None = None, num_workers: int = 0, prefetch_factor: int | None = None, persistent_workers: bool = False,
+                 pin_memory: bool = False):
+        self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
+        self.seed, self.shuffle, self.drop_last, self.pin_memory = seed, shuffle, drop_last, pin_memory
         self.round_size = batch_size * world_size       # samples of all ranks in one round of micro-batches
         stream = isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
         self.num_samples = None if stream else len(dataset)     # None: unknown
@@ -50,10 +126,22 @@ class Loader:
         if drop_last and self.num_samples is not None and self.num_samples < self.round_size:
             raise UsageError(f"--dataloader_drop_last leaves nothing of {self.num_samples} samples: one round of micro-batches "
                              f"takes {batch_size} samples x {world_size} ranks; use a smaller batch or keep the last round")
+        if isinstance(dataset, Blocks):
+            vocab_size = num_labels = None      # they were checked when they were cut
+        self.reader = Reader(None if stream else dataset, collate, seed, vocab_size, num_labels)
         self.lengths = read_lengths(dataset, self.num_samples) if group_by_length and not isinstance(dataset, Blocks) else None
         # by which a resumed run knows its data again, and an order that depends on more than the seed
         self.identity = ("a stream" if stream else f"{self.num_samples} samples") + f" {getattr(dataset, 'digest', '')}".rstrip() \
             + (f" grouped by length in rounds of {self.round_size}" if self.lengths is not None else "")
+        self.seeks = stream and hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        self.beginning: dict | None = None              # of a stream that was not read from there
+        self.resume_state: dict | None = None           # where the next pass that does not start at 0 finds it
+        self.states: deque[dict] = deque()              # where it stood when it was read for the micro-batches that workers prepare
+        self.requests, self.workers = Given(), None
+        if num_workers:
+            self.workers = torch.utils.data.DataLoader(
+                self.reader, batch_size=None, sampler=self.requests, num_workers=num_workers, collate_fn=unchanged, prefetch_factor=prefetch_factor,
+                persistent_workers=persistent_workers, pin_memory=pin_memory, generator=torch.Generator())   # its own: or it draws from the global one
 
     def __len__(self) -> int:
         """Micro-batches per epoch, the same on every rank."""
@@ -68,22 +156,55 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of one pass, from the sample at position `start` of its order on."""
-        if self.num_samples is None:
-            samples = islice(iter(self.dataset), start, None)
-            rounds = iter(lambda: list(islice(samples, self.round_size)), [])       # until there is nothing left
-        else:
-            rounds = (part for part in self.order(epoch)[start:].split(self.round_size) if len(part))
-        for at, round_ in enumerate(rounds):
-            if self.drop_last and len(round_) < self.round_size:
+        self.requests.iterator = self.plan(epoch, start)
+        self.states.clear()
+        for batch in map(self.reader.__getitem__, self.requests) if self.workers is None else self.workers:
+            if isinstance(batch, UsageError):
+                raise batch
+            if self.states:
+                self.resume_state = self.states.popleft()
+            if self.pin_memory and self.workers is None:
+                batch = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
+            yield batch
+
+    def position(self) -> dict | None:
+        """Where a stream that can seek stands after the last micro-batch, for the checkpoint; all ranks read the same of it."""
+        return self.dataset.state_dict() if self.seeks and self.workers is None else self.resume_state
+
+    def plan(self, epoch: int, start: int) -> Iterator[Request]:
+        """What this rank reads in one pass."""
+        for at, round_ in enumerate(self.read_stream(epoch, start) if self.num_samples is None else self.order(epoch)[start:].split(self.round_size)):
+            if not len(round_) or self.drop_last and len(round_) < self.round_size:
                 return
             mine = round_[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
-            first = start + at * self.round_size + self.rank * self.batch_size
-            yield self.batch(mine if len(mine) else round_[:1], num_samples=len(mine), position=first)
+            num_samples, mine = len(mine), mine if len(mine) else round_[:1]
+            if isinstance(mine, Tensor):
+                yield Request(None, mine.tolist(), num_samples, epoch)
+            else:
+                first = start + at * self.round_size + self.rank * self.batch_size * (num_samples > 0)
+                yield Request(mine, range(first, first + len(mine)), num_samples, epoch)
+
+    def read_stream(self, epoch: int, start: int) -> Iterator[list]:
+        """Rounds of samples. A stream with state_dict and load_state_dict, as those of the package datasets, goes on where it stood;
+        another one is read again up to there."""
+        if self.seeks and start > 0 and self.resume_state is not None:
+            self.beginning, start = self.dataset.state_dict(), 0
+            self.dataset.load_state_dict(self.resume_state)
+        elif self.beginning is not None:        # datasets starts every pass where it was told to once
+            self.dataset.load_state_dict(self.beginning)
+            self.beginning = None
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)       # of one that shuffles
+        samples = islice(iter(self.dataset), start, None)
+        while round_ := list(islice(samples, self.round_size)):
+            if self.workers is not None and self.seeks:
+                self.states.append(self.dataset.state_dict())       # workers read ahead of what is trained on
+            yield round_
 
     def order(self, epoch: int) -> Tensor:
         """Sample numbers (n,) of a pass. group_by_length is the HF Trainer's, where its batch is a round: shuffled, sorted inside
         megabatches of up to 50 rounds, and the longest sample of all first, so that memory runs out early or never."""
-        if self.seed is None:
+        if not self.shuffle:
             return torch.arange(self.num_samples)
         order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
         if self.lengths is not None:
@@ -93,22 +214,18 @@ class Loader:
             order[[0, longest]] = order[[longest, 0]]
         return order
 
-    def batch(self, mine: Tensor | list, num_samples: int, position: int) -> Batch:
-        """The micro-batch of samples `mine`: of a stream the samples themselves, from `position` on, else their indices."""
-        if isinstance(mine, list):
-            samples, names = mine, range(position, position + len(mine))
-        else:
-            names = mine.tolist()
-            fetch = getattr(self.dataset, "__getitems__", None)
-            samples = fetch(names) if fetch else [self.dataset[i] for i in names]
-        batch = self.collate(samples)
-        num_items = batch.get("num_items")
-        if num_items is None or int(num_items) != num_items:
-            raise UsageError(f"the collator must return num_items, the whole number of label items its loss sums over, not {num_items}: "
-                             f"add \"num_items\": int((labels != -100).sum()), or the number of samples")
-        if self.vocab_size is not None:
-            check_ids(batch, names, self.vocab_size)
-        return {**batch, "num_items": int(num_items) if num_samples else 0, "num_samples": num_samples}
+
+class Given:
+    """What to read, for torch's DataLoader, which asks a sampler: given to it for each pass."""
+
+    iterator: Iterator[Request] = iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.iterator
+
+
+def unchanged(batch: Batch) -> Batch:
+    return batch
 
 
 def read_lengths(dataset, num_samples: int | None) -> Tensor:
@@ -124,18 +241,6 @@ def read_lengths(dataset, num_samples: int | None) -> Tensor:
             raise UsageError(f"{wanted}, and sample {i} {found}: give dicts with input_ids, or leave the flag away")
         lengths.append(len(sample["input_ids"]))
     return torch.tensor(lengths)
-
-
-def check_ids(batch: Batch, names, vocab_size: int) -> None:
-    """Token ids (B, T) in [0, vocab_size), labels of the same shape too or -100; else an error that names the sample."""
-    for key, fine, also in (("input_ids", 0, ""), ("labels", IGNORE, " (-100 marks what is ignored)")):
-        values = batch.get(key)
-        if values is None or "input_ids" not in batch or values.shape != batch["input_ids"].shape:
-            continue
-        bad = ((values < 0) | (values >= vocab_size)) & (values != fine)
-        if bad.any():
-            row, column = bad.nonzero()[0].tolist()
-            raise UsageError(f"sample {names[row]}: {key}[{column}] is {values[row, column]}, outside the vocabulary 0..{vocab_size - 1}{also}")
 
 
 # ---------------------------------------------------------------------------------------------------- blocks of tokens
@@ -181,28 +286,38 @@ def held_out(block: bytes) -> bool:
 
 
 class BlockStream:
-    """The same blocks read lazily, one document after the other, in memory of one document and one block. documents: called for
-    each pass, gives an iterator of bytes. part: "train" skips held-out blocks, "eval" keeps only them, None keeps all."""
+    """The same blocks read lazily, one document after the other, in memory of one document and one block. rows: a stream of the package
+    datasets, whose place and the bytes not cut yet are the state. part: "train" skips held-out blocks, "eval" keeps only them, None
+    keeps all."""
 
-    def __init__(self, documents: Callable[[], Iterable[bytes]], block_size: int, vocab_size: int, part: str | None, what: str, digest: str = ""):
-        self.documents, self.block_size, self.vocab_size = documents, block_size, vocab_size
+    def __init__(self, rows, column: str, block_size: int, vocab_size: int, part: str | None, what: str, digest: str = ""):
+        self.rows, self.column, self.block_size, self.vocab_size = rows, column, block_size, vocab_size
         self.part, self.what, self.digest = part, what, digest
+        self.number, self.seen, self.tail, self.at = 0, 0, b"", 0       # documents and bytes read, the last of them, and how many of these are cut
+        self.start: tuple[int, int, bytes] | None = None                # where the next pass begins, if not at the beginning
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows.state_dict(), "number": self.number, "seen": self.seen, "tail": self.tail[self.at:].decode("latin-1")}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows.load_state_dict(state["rows"])
+        self.start = state["number"], state["seen"], state["tail"].encode("latin-1")
 
     def __iter__(self) -> Iterator[Batch]:
-        T, buffer, seen = self.block_size, b"", 0
-        for number, document in enumerate(self.documents()):
+        T = self.block_size
+        (self.number, self.seen, self.tail), self.at, self.start = self.start or (0, 0, b""), 0, None
+        for document in chain([b""], documents(self.rows, self.column, self.number)):       # first what is left of the last one
             if document and max(document) >= self.vocab_size:
-                raise UsageError(f"{self.what}: document {number} has token {max(document)}; raise --vocab_size {self.vocab_size} above it")
-            buffer += document
-            seen += len(document)
-            whole = max(len(buffer) - 1, 0) // T * T
-            for at in range(0, whole, T):
-                yield from self.sample(buffer[at:at + T + 1])
-            buffer = buffer[whole:]
-        if seen <= T:
-            raise UsageError(f"{self.what}: {seen} tokens are not one block of --block_size {T} and its next token")
-        if len(buffer) > 1:
-            yield from self.sample(buffer)
+                raise UsageError(f"{self.what}: document {self.number} has token {max(document)}; raise --vocab_size {self.vocab_size} above it")
+            self.number, self.seen, self.tail, self.at = self.number + bool(document), self.seen + len(document), self.tail[self.at:] + document, 0
+            while len(self.tail) - self.at > T:
+                self.at += T
+                yield from self.sample(self.tail[self.at - T:self.at + 1])
+        if self.seen <= T:
+            raise UsageError(f"{self.what}: {self.seen} tokens are not one block of --block_size {T} and its next token")
+        last, self.tail, self.at = self.tail[self.at:], b"", 0
+        if len(last) > 1:
+            yield from self.sample(last)
 
     def sample(self, block: bytes) -> Iterator[Batch]:
         if self.part is None or held_out(block[:self.block_size]) == (self.part == "eval"):
@@ -211,11 +326,13 @@ class BlockStream:
 
 # ---------------------------------------------------------------------------------------------------- where tokens come from
 class Data(NamedTuple):
-    """Training and held-out samples, and one line that says what they are, with a digest of the training tokens."""
+    """Training and held-out samples (or a dict of several named held-out sets), and one line that says what they are, with a digest of
+    the training tokens."""
 
     train: Any
     eval: Any
     about: str
+    test: Any = None        # for --do_predict; None: the held-out ones
 
 
 def build_data(args: TrainArgs) -> Data:
@@ -223,21 +340,24 @@ def build_data(args: TrainArgs) -> Data:
     cut = args.block_size, args.vocab_size
     by_hash, eval_name = args.eval_dataset is None, args.eval_dataset or args.dataset     # by_hash: blocks of --dataset are held out
 
-    def texts(name: str) -> Callable[[], Iterator[bytes]]:
-        rows = read_rows(name, args)
-        return lambda: documents(rows, args.text_column)
+    def text(name: str) -> bytes:
+        return b"".join(documents(read_rows(name, args), args.text_column))
+    test = None
+    if args.test_dataset is not None:
+        tokens = to_tokens(text(args.test_dataset))
+        test = Blocks(tokens, block_starts(tokens, *cut, args.test_dataset), args.block_size)
     if args.streaming:
         sizes = [os.path.getsize(file) for file in find_files(args.dataset) or []]
         digest = hashlib.sha256(repr((args.dataset, args.dataset_config_name, args.text_column, sizes)).encode()).hexdigest()[:16]
-        data = Data(BlockStream(texts(args.dataset), *cut, "train" if by_hash else None, args.dataset, digest),
-                    BlockStream(texts(eval_name), *cut, "eval" if by_hash else None, eval_name),
-                    f"{args.dataset}, streamed in its own order")
+        data = Data(BlockStream(read_rows(args.dataset, args), args.text_column, *cut, "train" if by_hash else None, args.dataset, digest),
+                    BlockStream(read_rows(eval_name, args), args.text_column, *cut, "eval" if by_hash else None, eval_name),
+                    f"{args.dataset}, streamed in its own order", test)
     else:
         if args.dataset is None:
             tokens, evals, about = stdlib_tokens()
         else:
-            tokens = to_tokens(b"".join(texts(args.dataset)()))
-            evals, about = tokens if by_hash else to_tokens(b"".join(texts(args.eval_dataset)())), f"{args.dataset}, {len(tokens):,} bytes"
+            tokens = to_tokens(text(args.dataset))
+            evals, about = tokens if by_hash else to_tokens(text(args.eval_dataset)), f"{args.dataset}, {len(tokens):,} bytes"
         starts = block_starts(tokens, *cut, args.dataset or "training data")
         if evals is tokens:
             array = tokens.numpy()
@@ -249,10 +369,26 @@ def build_data(args: TrainArgs) -> Data:
             out_starts = block_starts(evals, *cut, args.eval_dataset or "held-out data")
         digest = hashlib.sha256(tokens.numpy()).hexdigest()[:16]
         data = Data(Blocks(tokens, starts, args.block_size, digest), Blocks(evals, out_starts, args.block_size) if len(out_starts) else None,
-                    f"{about}, sha256 {digest}")
-    if data.eval is None and (args.eval_strategy != "no" or args.eval_on_start):
-        raise UsageError(f"{args.dataset}: no block fell to the held-out 5%: give --eval_dataset, or more data, or --eval_strategy no")
+                    f"{about}, sha256 {digest}, in blocks of {args.block_size} tokens", test)
+    if data.eval is None and args.needs_held_out:
+        raise UsageError(f"{args.dataset}: no block fell to the held-out 5%: give --eval_dataset, or more data, or do not evaluate")
     return data
+
+
+def keep_columns(dataset, model: torch.nn.Module, label_names: str | None):
+    """A data set of the package datasets without the columns that model.forward does not take (--remove_unused_columns), and a note
+    of them. Raises UsageError if nothing is left for the model. Other data sets are left as they are."""
+    columns = getattr(dataset, "column_names", None)
+    parameters = inspect.signature(model.forward).parameters
+    if not isinstance(columns, list) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dataset, ""
+    labels = {"labels", "label", "label_ids", *(label_names or "").split(",")}
+    kept = [name for name in columns if name in parameters or name in labels]
+    if not set(kept) - labels:
+        raise UsageError(f"no column of the data ({', '.join(columns)}) is an argument of {type(model).__name__}.forward ({', '.join(parameters)}): "
+                         f"rename the columns, or give --remove_unused_columns False if the collator or loss uses them")
+    unused = [name for name in columns if name not in kept]
+    return (dataset.select_columns(kept), f"columns left out, as the model does not take them: {', '.join(unused)}") if unused else (dataset, "")
 
 
 def to_tokens(text: bytes) -> Tensor:
@@ -335,12 +471,13 @@ def find_files(name: str) -> list[str] | None:
     return files
 
 
-def documents(rows, column: str) -> Iterator[bytes]:
-    """Bytes of each row. Rows of text files are lines and keep their breaks; other rows end with a zero byte."""
+def documents(rows, column: str, first: int = 0) -> Iterator[bytes]:
+    """Bytes of each row, of which the first has the number `first`. Rows of text files are lines and keep their breaks; other rows end with a
+    zero byte."""
     lines = rows.column_names == ["text"] and rows.info.builder_name == "text"
-    number = -1
+    number = first - 1
     try:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, first):
             text = row["text" if lines else column]
             if not isinstance(text, str):
                 raise UsageError(f"row {number}: column {column!r} holds {text!r}, expected text")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from args import seconds
-from checkpoint import Saver, list_checkpoints, write_status
+from callbacks import improves
+from checkpoint import Saver, list_checkpoints, load_best, write_status
 from distributed import clip_grads
-from evalloop import evaluate, model_outputs, to_device
+from evalloop import evaluate, to_device
 from optim import set_lr
 from schedules import Plateau
 from state import Batch, LossFn, Run, TrainState, Update, UsageError
@@ -42,6 +43,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
             with run.parallel.grad_sync(last):                    # reduce once per window, or every time if gradients are split
                 with precision.autocast():
                     loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))      # ()
+                loss_sum = loss_sum[0] if isinstance(loss_sum, tuple) else loss_sum     # the rest is for evaluations
                 if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
                     found = f"tensor of shape {tuple(loss_sum.shape)}" if isinstance(loss_sum, Tensor) else type(loss_sum).__name__
                     raise UsageError(f"the loss function returned a {found}; expected one number, summed over the label items")
@@ -74,19 +76,24 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     return update
 
 
-def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=None, predict_fn=model_outputs) -> dict:
+def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=None, predict_fn=None, preprocess_logits_for_metrics=None,
+          train_step=train_step) -> dict:
     """Trains until state.max_steps, or until a callback or a signal stops it. Returns the last row of metrics.
 
     Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal, or when --max_time is
-    near, the update is finished and saved, and SystemExit(128 + signal, or 75) is raised. compute_metrics, predict_fn: as for `evaluate`."""
-    args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run)
-    evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn)
+    near, the update is finished and saved, and SystemExit(128 + signal, or 75) is raised. eval_loader, compute_metrics, predict_fn,
+    preprocess_logits_for_metrics: as for `evaluate`. train_step: what makes an update of a window, as the one above."""
+    args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run, train_loader)
+    evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn, preprocess_logits_for_metrics)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
     # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
     epoch_length = args.max_steps * args.gradient_accumulation_steps if train_loader.num_samples is None else len(train_loader)
     if state.finished:
         write_status(args.output_dir, run.world, state="finished", step=state.global_step, exit=0, job=None, started=None)
+        load_best(run)
         return next(row for row in reversed(state.log_history) if "train_loss" in row)
+    if args.eval_strategy != "no" and (key := watched_key(run)) and (key != "eval_loss" or isinstance(eval_loader, dict)):
+        find_metric(run, evaluation(trial=True))        # a wrong name is told now
     run.model.train()
     if hasattr(run.optimizer, "train"):     # schedule-free optimizers evaluate other weights than they train
         run.optimizer.train()
@@ -137,6 +144,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         callbacks.log(run, metrics)
         if callbacks.unwritten:
             raise UsageError(f"the last rows could not be written to {state.log_path}: free space there, then resume", 5)
+        load_best(run)
         callbacks.fire("on_train_end", run)
     write_status(args.output_dir, run.world, state="finished", exit=0, job=None, started=None)
     state.in_training = False
@@ -153,7 +161,7 @@ def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
         metrics = evaluation()
         meter.since += time.perf_counter() - begin
         if isinstance(run.schedule, Plateau):
-            run.schedule.observe(metrics["eval_loss"])
+            run.schedule.observe(find_metric(run, metrics))
         note_best(run, metrics)
     if control.should_save:
         meter.save()
@@ -163,20 +171,22 @@ def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
         stop_early(run, meter)
 
 
+def watched_key(run: Run) -> str | None:
+    """The metric of evaluations that training itself goes by: which update is best, when to stop, a schedule that waits for a plateau."""
+    return run.args.best_key or ("eval_loss" if isinstance(run.schedule, Plateau) else None)
+
+
+def find_metric(run: Run, metrics: dict) -> float:
+    if (key := watched_key(run)) not in metrics:
+        raise UsageError(f"--metric_for_best_model {key.removeprefix('eval_')}: evaluations give {', '.join(sorted(metrics))}")
+    return metrics[key]
+
+
 def note_best(run: Run, metrics: dict) -> None:
     """Remembers the best evaluation: of equal ones the first, as in the HF Trainer."""
-    args, state = run.args, run.state
-    name = args.metric_for_best_model or ("loss" if args.save_strategy == "best" else None)
-    if name is None:
-        return
-    key = name if name.startswith("eval_") else f"eval_{name}"
-    if key not in metrics:
-        raise UsageError(f"--metric_for_best_model {name}: evaluations give {', '.join(sorted(metrics))}")
-    greater = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
-    best = state.best_metric if state.best_metric is not None else -math.inf if greater else math.inf
-    if metrics[key] > best if greater else metrics[key] < best:
-        state.best_metric, state.best_global_step = metrics[key], state.global_step
-        run.callbacks.control.should_save |= args.save_strategy == "best"
+    if run.args.best_key is not None and improves(run.args, value := find_metric(run, metrics), run.state.best_metric):
+        run.state.best_metric, run.state.best_global_step = value, run.state.global_step
+        run.callbacks.control.should_save |= run.args.save_strategy == "best"
 
 
 def ask_at_step_end(run: Run) -> None:
@@ -199,8 +209,8 @@ def ask_at_epoch_end(run: Run) -> None:
 class Meter:
     """What updates leave on the device until a log, a save or the end wants it on the host; and the training clock."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, train_loader):
+        self.run, self.train_loader = run, train_loader
         self.updates: list[Update] = []         # since the last `collect`
         self.began = self.since = time.perf_counter()       # since: the last log, put off by what evaluating and saving took
         self.first_step, self.first_sample, self.since_tokens = run.state.global_step, run.state.total_samples, run.state.num_input_tokens_seen
@@ -242,6 +252,7 @@ class Meter:
         handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)      # before anything is kept
         begin = time.perf_counter()
         self.run.callbacks.control.should_save = False
+        self.run.state.stream = self.train_loader.position()
         self.saver.save(last)
         if last:
             self.saver.finish(last)

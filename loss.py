@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from collators import IGNORE
-from state import Batch
+from state import Batch, UsageError
 
 CHUNK_ELEMENTS = 2**23   # logits alive at once, above which they are computed piece by piece: 32 MB in float32
 
@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 2**23   # logits alive at once, above which they are computed p
 def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Summed loss () of one micro-batch {input_ids, labels (B, T)}; the model computes it inside its one forward call,
     where the hooks of DDP and FSDP see it."""
-    return model(batch["input_ids"], batch["labels"])
+    return model(batch["input_ids"], labels_of(batch))
 
 
 def logits_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,13 @@ def logits_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     the logits too, which spares evaluations a second forward pass."""
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
     logits = getattr(output, "logits", output)
-    return cross_entropy(logits, batch["labels"]), logits
+    return cross_entropy(logits, labels_of(batch)), logits
+
+
+def labels_of(batch: Batch) -> Tensor:
+    if "labels" not in batch:
+        raise UsageError(f"the batch has no labels: it has {', '.join(batch)}. Name their column labels or label, or use a loss of your own")
+    return batch["labels"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

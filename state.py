@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zero import Parallel
 
 Batch = dict[str, Any]      # tensors for the model, and the ints num_items and num_samples for the loop
-LossFn = Callable[["torch.nn.Module", Batch], "torch.Tensor"]   # (model, micro-batch) -> summed loss ()
+LossFn = Callable[["torch.nn.Module", Batch], Any]      # (model, micro-batch) -> summed loss (), or (summed loss, predictions)
 runtime = partial(field, metadata={"runtime": True})            # a field that is worked out at each start and not saved
 
 
@@ -77,6 +77,7 @@ class TrainState:
     best_metric: float | None = None    # best value of --metric_for_best_model so far, and the update it was evaluated after
     best_global_step: int = 0
     best_saved_step: int = 0        # the best update that has a checkpoint
+    stream: dict | None = runtime(default=None)     # noqa: RUF009  where a stream of training data stood at the last save, saved beside this
     max_steps: int = runtime(default=0)
     num_train_epochs: int = runtime(default=0)
     logging_steps: int = runtime(default=0)         # intervals in updates, ratios resolved

@@ -10,63 +10,79 @@ import torch
 
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
-from callbacks import Callbacks, CheckReplicas, ProgressCallback
-from checkpoint import find_checkpoint, load_checkpoint, load_state
+from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressCallback
+from checkpoint import find_checkpoint, find_weights, load_checkpoint, load_for_evaluation, load_state
 from collators import default_collator
-from data import Loader, build_data
+from data import Loader, build_data, keep_columns
 from distributed import World, build_on, open_world, parallelize, set_seed
-from loop import plan, train, windows
+from evalloop import evaluate, likeliest, predict, save_results
+from loop import plan, train, train_step, windows
 from loss import compute_loss
-from model import build_model
+from model import GPT, build_model
 from optim import EMA, build_optimizer
 from precision import Precision
 from schedules import build_schedule, notice
-from state import Run, UsageError, run_main
+from state import Run, TrainState, UsageError, run_main
 
 
-def main(argv: list[str] | None = None, make_optimizer=build_optimizer) -> Run:
-    args = parse_args(argv)                                   # args.py        one flat dataclass
+def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
+         compute_metrics=None, predict_fn=None, preprocess_logits_for_metrics=likeliest, callbacks=(), make_optimizer=build_optimizer,
+         train_step=train_step, description: str = "Train a model.") -> Run:
+    """Trains, evaluates and predicts as the flags in argv say. The other arguments are the parts that a task of one's own replaces: see the
+    function of that name in data.py, model.py, ..., and `evaluate` for the ones of metrics."""
+    args = parse_args(argv, description)                      # args.py        one flat dataclass
     with open_world(args) as world:                           # distributed.py one process is not a special case
-        checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
+        # checkpoint.py  before the work of reading data
+        checkpoint = find_checkpoint(args, world) if args.trains else find_weights(args, world)
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data
         model = build_on(world, lambda: build_model(args))    # model.py       <- your model
-        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, checkpoint=checkpoint,
-                                                  make_optimizer=make_optimizer)
-        print_summary(run, train_loader, eval_loader, data.about)
-        train(run, train_loader, eval_loader, compute_loss)   # loop.py, loss.py <- your loss
-        print_end(run)
+        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, collate, callbacks, checkpoint, make_optimizer)
+        measures = {"compute_metrics": compute_metrics, "predict_fn": predict_fn, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
+        if args.trains:
+            print_summary(run, train_loader, eval_loader, data.about)
+            metrics = train(run, train_loader, eval_loader, loss_fn, **measures, train_step=train_step)     # loop.py, loss.py <- your loss
+            save_results(run, "train", metrics)
+            print_end(run)
+        if args.do_eval:
+            save_results(run, "eval", evaluate(run, eval_loader, loss_fn, **measures))      # evalloop.py
+        if args.do_predict:
+            test_loader = eval_loader if data.test is None else make_loader(args, world, model, data.test, collate)
+            save_results(run, "test", predict(run, test_loader, loss_fn=loss_fn, **measures).metrics)
+            print0(world, f"predictions are in {args.output_dir}/test_predictions.npy")
     return run
 
 
 def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, eval_set=None, collate=default_collator,
-             callbacks=(), checkpoint: str | None = "find", make_optimizer=build_optimizer) -> tuple[Run, Loader, Loader | None]:
+             callbacks=(), checkpoint: str | None = "find", make_optimizer=build_optimizer) -> tuple[Run, Loader | None, Loader | dict | None]:
     """Puts a run together from any model and data sets, and resumes it if --resume_from_checkpoint says so.
 
-    train_set, eval_set: map-style or iterable. collate: list of samples -> batch of tensors with num_items.
-    callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said, None included,
-    if it has been asked.
-    make_optimizer: (bare model, args) -> optimizer. Returns the run and the loaders for train, evaluate, predict.
-    """
+    train_set, eval_set: map-style or iterable; eval_set may be a dict of several. collate: list of samples -> batch of tensors with
+    num_items. callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said, None included, if it
+    has been asked. make_optimizer: (bare model, args) -> optimizer. Returns the run and the loaders for train, evaluate, predict.
+    With --do_eval or --do_predict and no --do_train the run has the weights of a checkpoint, and train_set is not looked at."""
     check_args(args)
-    collate = collate or default_collator
     if checkpoint == "find":
-        checkpoint = find_checkpoint(args, world)
-    vocab_size = getattr(model, "vocab_size", None)
-    seed = None if args.train_sampling_strategy == "sequential" else args.seed if args.data_seed is None else args.data_seed
-    train_loader = Loader(train_set, collate, args.per_device_train_batch_size, world.rank, world.world_size, seed,
-                          args.dataloader_drop_last, vocab_size, args.train_sampling_strategy == "group_by_length")
-    eval_loader = None if eval_set is None else \
-        Loader(eval_set, collate, args.per_device_eval_batch_size, world.rank, world.world_size, vocab_size=vocab_size)
-    if eval_loader is None and (args.eval_strategy != "no" or args.eval_on_start):
-        raise UsageError(f"--eval_strategy {args.eval_strategy} needs held-out data, and there is none: give an eval_set")
-    state = load_state(checkpoint, args, train_loader.identity)
-    world.status["step"] = state.global_step
-    plan(args, state, train_loader)
+        checkpoint = find_checkpoint(args, world) if args.trains else find_weights(args, world)
+    if eval_set is None and args.needs_held_out:
+        raise UsageError("to evaluate or predict needs held-out data, and there is none: give an eval_set, or --eval_strategy no")
+    collate = collate or default_collator
+    train_loader = make_loader(args, world, model, train_set, collate, train=True) if args.trains else None
+    sets = eval_set if isinstance(eval_set, dict) else {"": eval_set}
+    eval_loaders = {name: each and make_loader(args, world, model, each, collate) for name, each in sets.items()}
+    eval_loader = eval_loaders if isinstance(eval_set, dict) else eval_loaders[""]
+    state = TrainState()
+    if args.trains:
+        state = load_state(checkpoint, args, train_loader.identity)
+        world.status["step"] = state.global_step
+        train_loader.resume_state = state.stream
+        plan(args, state, train_loader)
+        state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
-    state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     watching = [ProgressCallback(args.disable_tqdm)] if world.is_main else []   # printing is rank 0's
     watching += [CheckReplicas(world, args.check_replicas)] if args.check_replicas else []
+    if args.early_stopping_patience is not None:
+        watching.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     if args.label_smoothing_factor and getattr(model, "label_smoothing", None) != args.label_smoothing_factor:
         raise UsageError("--label_smoothing_factor is for the built-in model: give your loss function's cross_entropy the smoothing instead")
     if unused := notice(args):
@@ -82,11 +98,29 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*watching, *callbacks]),
               None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
-    if checkpoint is not None:
+    if not args.trains:
+        load_for_evaluation(run, checkpoint)
+    elif checkpoint is not None:
         load_checkpoint(run, checkpoint)                      # checkpoint.py  random generators and data position too
-    run.callbacks.open_log(run)
+    if args.trains:
+        run.callbacks.open_log(run)
     run.callbacks.fire("on_init_end", run)
     return run, train_loader, eval_loader
+
+
+def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, collate, train: bool = False) -> Loader:
+    """The micro-batches of a data set for training, in the order of --train_sampling_strategy, or for evaluation, in its own."""
+    if args.remove_unused_columns:
+        dataset, note = keep_columns(dataset, model, args.label_names)
+        if note:
+            print0(world, f"note: {note} (--remove_unused_columns False keeps them)")
+    vocab_size = getattr(model, "vocab_size", getattr(getattr(model, "config", None), "vocab_size", None))
+    return Loader(dataset, collate, args.per_device_train_batch_size if train else args.per_device_eval_batch_size, world.rank, world.world_size,
+                  seed=args.seed if args.data_seed is None else args.data_seed, shuffle=train and args.train_sampling_strategy != "sequential",
+                  group_by_length=train and args.train_sampling_strategy == "group_by_length", drop_last=train and args.dataloader_drop_last,
+                  vocab_size=vocab_size, num_labels=getattr(model, "num_labels", None), num_workers=args.dataloader_num_workers,
+                  prefetch_factor=args.dataloader_prefetch_factor, persistent_workers=args.dataloader_persistent_workers,
+                  pin_memory=args.dataloader_pin_memory and world.device.type == "cuda")
 
 
 def print0(world: World, text: str) -> None:
@@ -100,12 +134,14 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     epochs = "" if train_loader.num_samples is None else f" ({state.max_steps / windows(args, len(train_loader)):.3g} epochs)"
 
-    def count(loader: Loader | None) -> str:
+    def count(loader: Loader | dict | None) -> str:
+        if isinstance(loader, dict):
+            return ", ".join(f"{name} {count(each)}" for name, each in loader.items())
         return "none" if loader is None else "unknown, a stream" if loader.num_samples is None else f"{loader.num_samples:,}"
     if world.world_size == 1 and args.strategy != "ddp":
         print0(world, f"note: --strategy {args.strategy} splits over ranks, and this is one process: torchrun starts more")
     print0(world, f"data: {about}\n"
-           f"samples: {count(train_loader)} of {args.block_size} tokens, held out: {count(eval_loader)}\n"
+           f"samples: {count(train_loader)}, held out: {count(eval_loader)}\n"
            f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.world_size:,} samples = "
            f"micro-batch {micro} x accumulation {accumulation} x ranks {world.world_size}{f', {args.strategy}' * (world.world_size > 1)}\n"
            f"model: {parameters:,} trainable parameters on {world.device}, "
@@ -120,8 +156,10 @@ def print_end(run: Run) -> None:
     elif run.args.save_strategy == "no":
         print0(run.world, f"saved in {folder}: metrics.jsonl")
     else:
-        print0(run.world, f"saved in {folder}: metrics.jsonl, checkpoint-{step}\n"
-                          f"to see what it writes: python -m tools.generate {folder} --prompt 'def '")
+        best = f", best: {run.state.best_model_checkpoint}" if run.state.best_model_checkpoint else ""
+        print0(run.world, f"saved in {folder}: metrics.jsonl, checkpoint-{step}{best}")
+        if isinstance(run.model, GPT):
+            print0(run.world, f"to see what it writes: python -m tools.generate {folder} --prompt 'def '")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def bare(updates: int) -> float:
     """CPU seconds of the loop anybody would write by hand over the same data path."""
     args, model, data = make(updates)
     optimizer, schedule = build_optimizer(model, args), build_schedule(args, updates)
-    batches = Loader(data, default_collator, 2, seed=42).epoch()
+    batches = Loader(data, default_collator, 2, seed=42, shuffle=True).epoch()
     start = time.process_time()
     for step in range(updates):
         batch = next(batches)

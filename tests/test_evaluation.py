@@ -32,7 +32,7 @@ def evaluated(output_dir, batch_size) -> list[tuple]:
         args = arguments(output_dir / str(n), per_device_eval_batch_size=batch_size)
         with toy_run(args, model=gpt(dtype=torch.float64), eval_set=sequences(n)) as (run, _, loader):
             metrics = evaluate(run, loader, compute_loss, accuracy)
-            results.append((metrics["eval_loss"], metrics["eval_accuracy"], metrics["eval_n"], predict(run, loader).numpy()))
+            results.append((metrics["eval_loss"], metrics["eval_accuracy"], metrics["eval_n"], predict(run, loader).predictions.numpy()))
     return results
 
 
@@ -114,7 +114,7 @@ def test_a_model_that_returns_an_object_with_logits_is_evaluated_and_predicted_w
     args = arguments(tmp_path, max_steps=1, eval_strategy="steps")
     with toy_run(args, model=Wrapped(), eval_set=sequences(3)) as (run, loader, eval_loader):
         train(run, loader, eval_loader, loss, accuracy)
-        assert predict(run, eval_loader).shape == (3, 8, 17)
+        assert predict(run, eval_loader).predictions.shape == (3, 8, 17)
     assert "eval_accuracy" in next(row for row in rows(tmp_path) if "eval_loss" in row)
 
 
@@ -156,7 +156,7 @@ def test_a_set_without_labels_to_count_has_no_loss_but_predictions(tmp_path):
     samples = [{**s, "labels": torch.full_like(s["labels"], -100)} for s in sequences(3)]
     with toy_run(arguments(tmp_path), eval_set=samples) as (run, _, loader):
         assert math.isnan(evaluate(run, loader, compute_loss)["eval_loss"])
-        assert predict(run, loader).shape == (3, 8, 17)
+        assert predict(run, loader).predictions.shape == (3, 8, 17)
 
 
 def ragged(output_dir):
@@ -166,7 +166,7 @@ def ragged(output_dir):
     def pad(batch):
         return {"x": torch.nn.utils.rnn.pad_sequence([s["x"] for s in batch], batch_first=True), "num_items": len(batch)}
     with toy_run(arguments(output_dir), model=torch.nn.Linear(1, 1), train_set=samples, eval_set=samples, collate=pad) as (run, _, loader):
-        return predict(run, loader, lambda model, batch: batch["x"]).tolist()
+        return predict(run, loader, lambda model, batch: batch["x"]).predictions.tolist()
 
 
 def test_ragged_predictions_are_filled_with_the_ignored_label(ranks, tmp_path):

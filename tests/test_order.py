@@ -13,8 +13,8 @@ from state import UsageError
 from tests.toy import Numbers
 
 
-def loaders(n, batch_size, world_size, dataset=Numbers, **options):
-    return [Loader(dataset(n), default_collator, batch_size, rank, world_size, **options) for rank in range(world_size)]
+def loaders(n, batch_size, world_size, dataset=Numbers, seed=None, **options):
+    return [Loader(dataset(n), default_collator, batch_size, rank, world_size, seed or 0, seed is not None, **options) for rank in range(world_size)]
 
 
 def read_all(*args, **kwargs) -> list[int]:
@@ -108,7 +108,7 @@ def numbers(samples) -> dict:
 
 
 def grouped(lengths, batch_size, world_size=1, seed=0):
-    return [Loader(Texts(lengths), numbers, batch_size, rank, world_size, seed, group_by_length=True) for rank in range(world_size)]
+    return [Loader(Texts(lengths), numbers, batch_size, rank, world_size, seed, True, True) for rank in range(world_size)]
 
 
 def test_the_order_of_group_by_length_is_the_hf_trainers():
@@ -136,7 +136,7 @@ def test_group_by_length_reads_each_sample_once_for_its_length_and_equal_blocks_
     loader.order(0), loader.order(1)
     assert loader.dataset.read == [0, 1, 2]
     blocks = Blocks(torch.arange(40), torch.arange(0, 39, 4), 4)
-    plain, shuffled = Loader(blocks, default_collator, 2, seed=1), Loader(blocks, default_collator, 2, seed=1, group_by_length=True)
+    plain, shuffled = Loader(blocks, default_collator, 2, seed=1, shuffle=True), Loader(blocks, default_collator, 2, seed=1, shuffle=True, group_by_length=True)
     assert torch.equal(plain.order(2), shuffled.order(2)) and shuffled.lengths is None
 
 
@@ -144,7 +144,7 @@ def test_group_by_length_reads_each_sample_once_for_its_length_and_equal_blocks_
                                            (Numbers(4), "sample 0 has x: give dicts with input_ids"), ([(1, 2)], "sample 0 is a tuple")])
 def test_samples_whose_length_is_not_known_cannot_be_grouped(dataset, said):
     with pytest.raises(UsageError, match=f"--train_sampling_strategy group_by_length needs .*{said}"):
-        Loader(dataset, default_collator, 2, seed=1, group_by_length=True)
+        Loader(dataset, default_collator, 2, seed=1, shuffle=True, group_by_length=True)
 
 
 def test_an_empty_data_set_is_an_error():

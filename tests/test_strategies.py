@@ -84,7 +84,7 @@ def one(tmp_path_factory):
 
 def naive(world_size: int, lr: float = 1e-2):
     rank, model, samples = int(os.environ["RANK"]) if world_size > 1 else 0, odd_gpt(), sequences(SAMPLES)
-    order = [Loader(samples, None, 1, seed=42).order(epoch).tolist() for epoch in range(UPDATES // 3 + 1)]
+    order = [Loader(samples, None, 1, seed=42, shuffle=True).order(epoch).tolist() for epoch in range(UPDATES // 3 + 1)]
     windows = [[samples[i] for i in epoch[start:start + 24]] for epoch in order for start in range(0, SAMPLES, 24)][:UPDATES]
     losses = train_naively(model, windows, rank, world_size, lr, 0.1, 0.5)
     return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}, losses
@@ -283,7 +283,7 @@ def watched(output_dir, world_size: int, strategy: str):
     with toy_run(args, model=odd_gpt(), train_set=sequences(SAMPLES), eval_set=sequences(5, seed=1)) as (run, train_loader, eval_loader):
         first = evaluate(run, eval_loader, compute_loss)["eval_loss"]
         train(run, train_loader, eval_loader, compute_loss)
-        last, predictions = evaluate(run, eval_loader, compute_loss)["eval_loss"], predict(run, eval_loader)
+        last, predictions = evaluate(run, eval_loader, compute_loss)["eval_loss"], predict(run, eval_loader).predictions
         loud = weights(run)
         text = generate(run.model, torch.tensor([1]), 5)
     assert all((quiet[name] == loud[name]).all() for name in quiet)
