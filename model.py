@@ -5,6 +5,9 @@ and a squared-ReLU MLP (So et al. 2021, section 4.2). Shapes: B batch, T time, C
 """
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,18 +46,41 @@ class Attention(nn.Module):
         self.qkv = Linear(n_embd, 3 * n_embd)
         self.out = Linear(n_embd, n_embd, zero=True)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)      # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v, is_causal=True,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(self, torch.stack([k, v]))                                  # of all columns of the mask
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def rotary_angles(T: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, D/2) of position x frequency; computed per forward, so any length works and nothing is stored."""
-    frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)
-    angles = torch.outer(torch.arange(T, device=device), frequency)
+class Cache:
+    """What attention needs of the last `size` tokens before: positions (B, T, 1), and of each layer keys and values (2, B, H, T, D)."""
+
+    def __init__(self, size: int):
+        self.size, self.kept, self.next_position = size, {}, 0
+
+    def extend(self, name, new: Tensor) -> Tensor:
+        """What was kept under `name`, and after it, along T, `new`."""
+        both = torch.cat([self.kept[name], new], dim=-2) if name in self.kept else new
+        self.kept[name] = both[..., max(0, both.shape[-2] - self.size):, :]
+        return both
+
+
+def document_mask(positions: Tensor, T: int) -> Tensor:
+    """Whether each of the last T columns may attend to each column (B, 1, T, columns): to those of its document that are not after
+    it. positions (B, columns, 1) are 0 where a document starts."""
+    documents = (positions == 0).cumsum(1)
+    columns = torch.arange(documents.shape[1], device=documents.device)
+    return ((documents[:, -T:] == documents.mT) & (columns[-T:, None] >= columns))[:, None]
+
+
+def rotary_angles(positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, 1, T, D/2) of positions (B, T) x frequency; computed per forward, so any length works and nothing is stored."""
+    frequency = 10000.0 ** (-torch.arange(0, D, 2, device=positions.device) / D)
+    angles = positions[:, None, :, None] * frequency
     return angles.cos(), angles.sin()
 
 
@@ -76,14 +102,15 @@ class Block(nn.Module):
         self.down = Linear(4 * n_embd, n_embd, zero=True)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotary))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, mask, cache))
         return x + self.dropout(self.down(F.relu(self.up(self.mlp_norm(x))).square()))
 
 
 class GPT(nn.Module):
     """model(input_ids (B, T)) -> logits (B, T, V); model(input_ids, labels (B, T)) -> summed cross-entropy (). labels are already
-    shifted: labels[b, t] is the token after input_ids[b, t], or -100 to ignore it."""
+    shifted: labels[b, t] is the token after input_ids[b, t], or -100 to ignore it. position_ids (B, T), if given, start again at 0 in
+    each document of a row, and none attends to another. cache: input_ids are those after the ones it was called with before."""
 
     meta_init = True        # initial weights are those of reset_parameters, module by module, and nothing else
 
@@ -96,11 +123,20 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(n_embd)
         self.head = Linear(n_embd, vocab_size)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        T, positions, mask = input_ids.shape[1], position_ids, None
+        if positions is None:
+            positions = torch.arange(T, device=input_ids.device)[None] + (0 if cache is None else cache.next_position)
+        if cache is not None:
+            cache.next_position = positions[:, -1:] + 1
+            mask = document_mask(cache.extend("positions", positions[..., None]), T)
+        elif position_ids is not None:
+            mask = document_mask(positions[..., None], T)
         x = self.dropout(self.embed(input_ids))                                             # (B, T, C)
-        rotary = rotary_angles(input_ids.shape[1], self.blocks[0].attn.head_dim, x.device)
+        rotary = rotary_angles(positions, self.blocks[0].attn.head_dim)
         for block in self.blocks:
-            x = block(x, rotary)
+            x = block(x, rotary, mask, cache)
         x = self.norm(x)
         if labels is None:
             return self.head(x)                                                             # (B, T, V)
@@ -112,19 +148,61 @@ def build_model(args: TrainArgs) -> GPT:
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: Tensor, length: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
-    """`prompt` (T,), at least one token, continued by `length` sampled tokens: (T + length,). temperature 0 takes the likeliest
-    token. Sampling has its own generator, so a sample never moves a training run."""
-    was_training, tokens, generator = model.training, prompt, torch.Generator(prompt.device).manual_seed(seed)
+def generate(model: GPT, prompts: Tensor | list[Tensor], length: int, temperature: float = 0.8, top_k: int | None = None,
+             top_p: float | None = None, seeds: list[int] | None = None, eos_id: int | None = None, pad_id: int = 0,
+             agree: Callable[[bool], bool] = bool) -> Tensor:
+    """`length` new tokens for each of the prompts ((T,), (B, T), or a list of (T,) of different lengths): (B, length). A row is filled up
+    with pad_id after its eos_id, and writing ends when all rows have; of ranks whose weights are sharded, and that have to call the model
+    equally often, when `agree` (own rows have ended) says so. Each row sees the last block_size tokens.
+
+    temperature 0 takes the likeliest token. top_k: of that many likeliest tokens only; top_p: of the fewest likeliest ones that have this
+    probability together, of those of top_k (Holtzman et al. 2020, section 3.1). Each row draws by its own seed (default: 0, 1, ...): what
+    it writes does not depend on the others, and no global generator moves."""
+    rows = [torch.as_tensor(row) for row in (prompts[None] if isinstance(prompts, Tensor) and prompts.dim() == 1 else prompts)]
+    seeds = list(range(len(rows))) if seeds is None else seeds
+    if not rows or any(row.dim() != 1 or not len(row) for row in rows) or len(seeds) != len(rows):
+        raise UsageError(f"generate was given prompts of shapes {[tuple(row.shape) for row in rows]} and {len(seeds)} seeds; it needs one "
+                         f"prompt or more, each a row of at least one token, and a seed for each")
+    if length < 1 or not 0 <= temperature < math.inf or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
+        raise UsageError(f"generate was given length={length}, temperature={temperature}, top_k={top_k}, top_p={top_p}; it needs "
+                         f"length >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
+    rows, device = [row[-model.block_size:] for row in rows], rows[0].device
+    T = max(len(row) for row in rows)
+    tokens = torch.stack([F.pad(row, (T - len(row), 0), value=pad_id) for row in rows])                     # (B, T)
+    pads = torch.tensor([[T - len(row)] for row in rows], device=device)
+    columns = torch.arange(T, device=device)
+    positions = torch.where(columns < pads, columns, columns - pads)            # padding is a document of its own
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = torch.stack([torch.rand(length, dtype=torch.float64, generator=generator) for generator in generators]).to(device)
+    written = torch.full((len(rows), length), pad_id, device=device)
+    ended, cache = torch.zeros(len(rows), dtype=torch.bool, device=device), Cache(model.block_size - 1)
+    training = [module for module in model.modules() if module.training]
     model.eval()
-    for _ in range(length):
-        logits = model(tokens[None, -model.block_size:])[0, -1].float()                     # (V,)
-        if not torch.isfinite(logits).all():
-            raise UsageError("the model cannot write: its outputs are not finite, so its training has diverged")
-        if temperature == 0:
-            token = logits.argmax(keepdim=True)
-        else:
-            token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-        tokens = torch.cat([tokens, token])
-    model.train(was_training)
-    return tokens
+    try:
+        for at in range(length):
+            logits = model(tokens, position_ids=positions, cache=cache)[:, -1].float()                  # (B, V)
+            if not torch.isfinite(logits).all():
+                raise UsageError("the model cannot write: its outputs are not finite, so its training has diverged")
+            new = logits.argmax(-1) if temperature == 0 else sample(logits / temperature, draws[:, at, None], top_k, top_p)
+            written[:, at] = torch.where(ended, pad_id, new)
+            ended |= new == eos_id
+            if eos_id is not None and agree(bool(ended.all())):
+                break
+            tokens, positions = new[:, None], None
+    finally:
+        for module in training:
+            module.training = True
+    return written
+
+
+def sample(logits: Tensor, draws: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """The token (B,) of each row of logits (B, V) at which the cumulative probability passes draws (B, 1), uniform in [0, 1)."""
+    probabilities = F.softmax(logits.double(), dim=-1)
+    if top_k is not None or top_p is not None:
+        likeliest, order = probabilities.sort(descending=True, stable=True)
+        likeliest[:, top_k or len(likeliest[0]):] = 0
+        before = likeliest.cumsum(-1) - likeliest
+        likeliest[before >= (top_p or 1) * likeliest.sum(-1, keepdim=True)] = 0
+        probabilities = torch.zeros_like(likeliest).scatter(-1, order, likeliest)
+    reached = probabilities.cumsum(-1)
+    return (reached <= draws * reached[:, -1:]).sum(-1)

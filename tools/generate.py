@@ -19,10 +19,10 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     parser.add_argument("--length", type=int, default=500, help="bytes to write [%(default)s]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest byte [%(default)s]")
+    parser.add_argument("--top_k", type=int, help="only the so many likeliest bytes")
+    parser.add_argument("--top_p", type=float, help="only the likeliest bytes that have this probability together")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
-    if flags.length < 1 or not 0 <= flags.temperature < float("inf"):
-        raise UsageError(f"--length {flags.length} must be at least 1, --temperature {flags.temperature} at least 0")
     if steps := list_checkpoints(flags.checkpoint):       # the folder of a run: its newest
         flags.checkpoint = os.path.join(flags.checkpoint, f"checkpoint-{steps[0]}")
     verify(flags.checkpoint)
@@ -33,13 +33,12 @@ def main(argv: list[str] | None = None) -> str:
         for name, p in model.named_parameters():
             if name in averages.found:
                 averages.fill(name, 0, p.data)
-    prompt = torch.tensor([*os.fsencode(flags.prompt)] or [0])
-    if int(prompt.max()) >= model.vocab_size:
-        raise UsageError(f"--prompt has byte {int(prompt.max())}; the model knows 0..{model.vocab_size - 1}")
-    tokens = generate(model, prompt, flags.length, flags.temperature, flags.seed)
-    tokens = tokens.tolist() if flags.prompt else tokens[1:].tolist()
-    end = tokens.index(0) if 0 in tokens else len(tokens)
-    text = bytes(t for t in tokens[:end] if t < 256).decode(errors="replace")
+    prompt = [*os.fsencode(flags.prompt)]
+    if max(prompt, default=0) >= model.vocab_size:
+        raise UsageError(f"--prompt has byte {max(prompt)}; the model knows 0..{model.vocab_size - 1}")
+    new = generate(model, torch.tensor(prompt or [0]), flags.length, flags.temperature, flags.top_k, flags.top_p, [flags.seed], eos_id=0)
+    tokens = [*prompt, *new[0].tolist(), 0]
+    text = bytes(t for t in tokens[:tokens.index(0)] if t < 256).decode(errors="replace")
     print(text)
     return text
 
