@@ -69,7 +69,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     collate = collate or default_collator
     train_loader = make_loader(args, world, model, train_set, collate, train=True) if args.trains else None
     sets = eval_set if isinstance(eval_set, dict) else {"": eval_set}
-    eval_loaders = {name: each and make_loader(args, world, model, each, collate) for name, each in sets.items()}
+    eval_loaders = {name: None if each is None else make_loader(args, world, model, each, collate) for name, each in sets.items()}
     eval_loader = eval_loaders if isinstance(eval_set, dict) else eval_loaders[""]
     state = TrainState()
     if args.trains:

@@ -1,4 +1,5 @@
 """Evaluation is exact for any batch size and number of ranks, and never touches training."""
+import json
 import math
 
 import numpy as np
@@ -6,9 +7,9 @@ import pytest
 import torch
 
 from callbacks import Callback
-from evalloop import evaluate, predict
+from evalloop import evaluate, likeliest, predict, save_results
 from loop import train
-from loss import compute_loss
+from loss import compute_loss, logits_loss
 from state import UsageError
 from tests.toy import arguments, flat, gpt, rows, run_training, sequences, toy_run
 
@@ -25,28 +26,63 @@ def accuracy(logits, labels) -> dict:
     return {"accuracy": (logits.argmax(-1) == labels)[kept].double().mean(), "n": len(labels)}
 
 
-def evaluated(output_dir, batch_size) -> list[tuple]:
-    """(loss, accuracy, n, predictions) for sets of each size."""
+class Streaming:
+    """The same accuracy, from what arrives bit by bit."""
+
+    def reset(self):
+        self.hits = self.total = self.rows = 0
+
+    def update(self, predictions, labels):
+        kept = labels != -100
+        self.hits += int((predictions == labels)[kept].sum())
+        self.total += int(kept.sum())
+        self.rows += len(labels)
+
+    def compute(self):
+        return {"accuracy": self.hits / self.total, "n": self.rows}
+
+
+def evaluated(output_dir, batch_size, strategy="ddp", dtype=torch.float64) -> list[tuple]:
+    """(loss, accuracy, n, the same streamed, predictions, labels) for sets of each size."""
     results = []
     for n in SIZES:
-        args = arguments(output_dir / str(n), per_device_eval_batch_size=batch_size)
-        with toy_run(args, model=gpt(dtype=torch.float64), eval_set=sequences(n)) as (run, _, loader):
-            metrics = evaluate(run, loader, compute_loss, accuracy)
-            results.append((metrics["eval_loss"], metrics["eval_accuracy"], metrics["eval_n"], predict(run, loader).predictions.numpy()))
+        args = arguments(output_dir / str(n), per_device_eval_batch_size=batch_size, strategy=strategy, eval_accumulation_steps=1 + n % 2)
+        with toy_run(args, model=gpt(dtype=dtype), eval_set=sequences(n)) as (run, _, loader):
+            whole = evaluate(run, loader, compute_loss, accuracy)
+            streamed = evaluate(run, loader, compute_loss, Streaming(), preprocess_logits_for_metrics=likeliest)
+            found = predict(run, loader, loss_fn=compute_loss)
+            assert found.metrics["test_loss"] == whole["eval_loss"] == streamed["eval_loss"]
+            results.append((whole["eval_loss"], whole["eval_accuracy"], whole["eval_n"], (streamed["eval_accuracy"], streamed["eval_n"]),
+                            found.predictions.numpy().copy(), found.label_ids.numpy().copy()))
     return results
 
 
-@pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 3), (1, 8), (2, 1), (2, 3), (2, 8), (3, 2)])
-def test_loss_metrics_and_predictions_do_not_depend_on_batch_and_world_size(ranks, tmp_path, world_size, batch_size):
-    model = gpt(dtype=torch.float64)
-    for results in ranks.run(world_size, evaluated, tmp_path, batch_size):
-        for n, (loss, acc, count, predictions) in zip(SIZES, results):
-            samples = sequences(n)
-            assert loss == pytest.approx(exact_loss(model, samples), abs=1e-12)
-            logits = model(torch.stack([s["input_ids"] for s in samples]))
-            np.testing.assert_allclose(predictions, logits.detach().numpy(), rtol=0, atol=1e-12)   # in data order, none twice
-            assert count == n
-            assert acc == pytest.approx(accuracy(logits, torch.stack([s["labels"] for s in samples]))["accuracy"].item())
+@pytest.mark.parametrize("world_size, batch_size, strategy", [
+    *((1, batch_size, "ddp") for batch_size in (1, 3, 8)), (2, 1, "fsdp"), (2, 3, "ddp"), (2, 8, "zero2"), (3, 1, "zero1"), (3, 3, "fsdp"), (3, 8, "ddp")])
+def test_loss_metrics_and_predictions_do_not_depend_on_batch_size_ranks_and_strategy(ranks, tmp_path, world_size, batch_size, strategy):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        model = gpt(dtype=dtype)
+        for results in ranks.run(world_size, evaluated, tmp_path / str(dtype), batch_size, strategy, dtype):
+            for n, (loss, acc, count, streamed, predictions, label_ids) in zip(SIZES, results, strict=True):
+                samples = sequences(n)
+                labels = torch.stack([s["labels"] for s in samples])
+                assert loss == pytest.approx(exact_loss(model, samples), abs=tolerance)
+                logits = model(torch.stack([s["input_ids"] for s in samples])).detach()
+                np.testing.assert_allclose(predictions, logits.numpy(), rtol=0, atol=10 * tolerance)        # in data order, none twice
+                assert (label_ids == labels.numpy()).all()
+                assert count == n and streamed == (pytest.approx(acc), n)
+                if dtype == torch.float64:
+                    assert acc == pytest.approx(accuracy(logits, labels)["accuracy"].item())
+
+
+def refused_empty(output_dir) -> str:
+    with pytest.raises(UsageError) as error, toy_run(arguments(output_dir), eval_set=[]):
+        pass
+    return str(error.value)
+
+
+def test_a_set_of_size_0_is_refused(ranks, tmp_path):
+    assert all("empty" in said for said in [refused_empty(tmp_path), *ranks.run(2, refused_empty, tmp_path)])
 
 
 def trained(output_dir, evaluate_first=False, **changes):
@@ -173,3 +209,109 @@ def test_ragged_predictions_are_filled_with_the_ignored_label(ranks, tmp_path):
     for result in ranks.run(2, ragged, tmp_path):
         assert [row[:i + 1] for i, row in enumerate(result)] == [[float(k) for k in range(i + 1)] for i in range(5)]
         assert len({len(row) for row in result}) == 1 and result[0][-1] == -100
+
+
+class Pair(torch.nn.Module):
+    """Gives a dict as models of transformers do: a loss, logits, a cache that is no tensor, and hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.linear(x)
+        return {"loss": logits.sum(), "logits": logits, "past_key_values": object(), "hidden_states": (x, [x + 1])}
+
+
+def two_outputs(output_dir):
+    samples = [{"x": torch.tensor([float(i)]), "start_positions": i, "end_positions": i + 1} for i in range(5)]
+    seen = []
+
+    def metric(predictions, labels):
+        seen.append((predictions, labels))
+        return {"n": len(labels[0])}
+    with toy_run(arguments(output_dir), model=Pair(), train_set=samples, eval_set=samples) as (run, _, loader):
+        evaluate(run, loader, lambda model, batch: model(batch["x"])["logits"].sum(), metric)
+        found = predict(run, loader)
+    (logits, (hidden, more)), (starts, ends) = seen[0]
+    assert logits.shape == (5, 2) and (more == hidden + 1).all() and (ends == starts + 1).all()
+    assert all((a == b).all() for a, b in zip(found.predictions, (logits, hidden, more), strict=True))
+    assert found.label_ids[1].tolist() == [1, 2, 3, 4, 5] and sorted(p.name for p in output_dir.glob("*.npy"))[0] == "test_labels_0.npy"
+    return hidden.flatten().tolist()
+
+
+def test_several_outputs_and_labels_come_as_tuples_and_in_files_of_their_own(ranks, tmp_path):
+    assert two_outputs(tmp_path / "one") == [0, 1, 2, 3, 4]
+    assert ranks.run(2, two_outputs, tmp_path / "two") == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_without_labels_there_are_predictions_and_none_where_one_of_them_is_missing(tmp_path):
+    samples = [{"x": torch.tensor([float(i)])} for i in range(3)]
+    with toy_run(arguments(tmp_path), model=torch.nn.Linear(1, 1), train_set=samples, eval_set=samples) as (run, _, loader):
+        assert predict(run, loader, lambda model, batch: model(batch["x"])).label_ids is None
+    named = [{**s, "targets": 1} for s in samples]
+    with toy_run(arguments(tmp_path, label_names="targets"), model=torch.nn.Linear(1, 1), train_set=named, eval_set=named) as (run, _, loader):
+        assert predict(run, loader, lambda model, batch: model(batch["x"])).label_ids.tolist() == [1, 1, 1]
+
+
+def test_a_missing_label_column_says_what_there_is(tmp_path):
+    samples = [{"input_ids": s["input_ids"]} for s in sequences(3)]
+    with toy_run(arguments(tmp_path), train_set=samples) as (run, *loaders), pytest.raises(UsageError, match="has no labels: it has input_ids"):
+        train(run, *loaders, compute_loss)
+    assert run.state.global_step == 0
+
+
+def test_a_label_outside_the_classes_names_its_sample_before_the_first_update(tmp_path):
+    class Classifier(torch.nn.Linear):
+        num_labels = 2
+    samples = [{"input": torch.tensor([1.0]), "label": i} for i in (0, 1, -1, -100)]
+    args = arguments(tmp_path, per_device_train_batch_size=4, train_sampling_strategy="sequential")
+    with toy_run(args, model=Classifier(1, 2), train_set=samples) as (run, *loaders), pytest.raises(UsageError, match=r"sample 2: labels is -1, outside 0..1"):
+        train(run, *loaders, logits_loss)
+
+
+def test_predictions_that_are_no_rows_of_samples_are_refused(tmp_path):
+    with toy_run(arguments(tmp_path), eval_set=sequences(3)) as (run, _, loader):
+        with pytest.raises(UsageError, match="one row per sample"):
+            predict(run, loader, lambda model, batch: batch["input_ids"].sum())
+        with pytest.raises(UsageError, match="expected tensors"):
+            predict(run, loader, lambda model, batch: "text")
+
+
+def test_several_sets_have_their_names_in_front_of_their_metrics(tmp_path):
+    sets = {"short": sequences(2), "long": sequences(5, seed=1)}
+    state = run_training(arguments(tmp_path, max_steps=1, eval_strategy="epoch"), eval_set=sets, train_set=sequences(2)).state
+    logged = [row for row in rows(tmp_path) if "eval_short_loss" in row or "eval_long_loss" in row]
+    assert len(logged) == 2 and state.best_metric is None
+
+
+def test_a_loss_that_returns_its_predictions_spares_a_second_forward(tmp_path):
+    calls = []
+    args = arguments(tmp_path, max_steps=1, eval_strategy="epoch")
+    model = torch.nn.Linear(8, 17)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    samples = [{"input": s["input_ids"].float(), "labels": i} for i, s in enumerate(sequences(4))]
+    with toy_run(args, model=model, train_set=samples, eval_set=samples) as (run, *loaders):
+        metrics = evaluate(run, loaders[1], logits_loss, lambda predictions, labels: {"shape": list(predictions.shape)})
+    assert len(calls) == 2 and metrics["eval_shape"] == [4, 17]
+
+
+def test_results_of_each_split_are_in_a_file_and_all_in_one(tmp_path):
+    with toy_run(arguments(tmp_path), eval_set=sequences(3)) as (run, _, loader):
+        save_results(run, "eval", {"eval_loss": 1.0})
+        save_results(run, "test", {"test_loss": 2.0})
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_loss": 1.0}
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"eval_loss": 1.0, "test_loss": 2.0}
+
+
+def test_predictions_in_16_bits_come_as_float32(tmp_path):
+    with toy_run(arguments(tmp_path, bf16=True), eval_set=sequences(3)) as (run, _, loader):
+        assert predict(run, loader).predictions.dtype == torch.float32
+
+
+def test_what_an_older_prediction_shows_stays_when_there_is_a_newer_one(tmp_path):
+    with toy_run(arguments(tmp_path), eval_set=sequences(3)) as (run, _, loader):
+        first = predict(run, loader, lambda model, batch: batch["input_ids"]).predictions
+        kept = first.clone()
+        predict(run, loader, lambda model, batch: batch["input_ids"] * 0)
+    assert (first == kept).all() and not list(tmp_path.glob("*.tmp"))
