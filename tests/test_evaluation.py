@@ -236,7 +236,7 @@ def two_outputs(output_dir):
     (logits, (hidden, more)), (starts, ends) = seen[0]
     assert logits.shape == (5, 2) and (more == hidden + 1).all() and (ends == starts + 1).all()
     assert all((a == b).all() for a, b in zip(found.predictions, (logits, hidden, more), strict=True))
-    assert found.label_ids[1].tolist() == [1, 2, 3, 4, 5] and sorted(p.name for p in output_dir.glob("*.npy"))[0] == "test_labels_0.npy"
+    assert found.label_ids[1].tolist() == [1, 2, 3, 4, 5] and min(p.name for p in output_dir.glob("*.npy")) == "test_labels_0.npy"
     return hidden.flatten().tolist()
 
 
@@ -297,7 +297,7 @@ def test_a_loss_that_returns_its_predictions_spares_a_second_forward(tmp_path):
 
 
 def test_results_of_each_split_are_in_a_file_and_all_in_one(tmp_path):
-    with toy_run(arguments(tmp_path), eval_set=sequences(3)) as (run, _, loader):
+    with toy_run(arguments(tmp_path), eval_set=sequences(3)) as (run, *_):
         save_results(run, "eval", {"eval_loss": 1.0})
         save_results(run, "test", {"test_loss": 2.0})
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_loss": 1.0}
