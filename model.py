@@ -158,7 +158,7 @@ def generate(model: GPT, prompts: Tensor | list[Tensor], length: int, temperatur
     temperature 0 takes the likeliest token. top_k: of that many likeliest tokens only; top_p: of the fewest likeliest ones that have this
     probability together, of those of top_k (Holtzman et al. 2020, section 3.1). Each row draws by its own seed (default: 0, 1, ...): what
     it writes does not depend on the others, and no global generator moves."""
-    rows = [torch.as_tensor(row) for row in (prompts[None] if isinstance(prompts, Tensor) and prompts.dim() == 1 else prompts)]
+    rows = [torch.as_tensor(row) for row in (prompts[None] if isinstance(prompts, Tensor) and prompts.dim() < 2 else prompts)]
     seeds = list(range(len(rows))) if seeds is None else seeds
     if not rows or any(row.dim() != 1 or not len(row) for row in rows) or len(seeds) != len(rows):
         raise UsageError(f"generate was given prompts of shapes {[tuple(row.shape) for row in rows]} and {len(seeds)} seeds; it needs one "

@@ -96,6 +96,8 @@ def test_generate_writes_with_a_saved_model(tmp_path, capsys):
     assert text.startswith("def f") and capsys.readouterr().out == text + "\n"
     assert text == generate([str(tmp_path), "--prompt", "def f", "--length", "30"])
     assert text != generate([str(tmp_path / "checkpoint-4"), "--prompt", "def f", "--length", "30", "--seed", "1"])
+    likeliest = [generate([str(tmp_path), "--length", "30", *flags]) for flags in (["--temperature", "0"], ["--top_k", "1"], ["--top_p", "1e-9"])]
+    assert len(set(likeliest)) == 1
     done = run_python("-m", "tools.generate", tmp_path / "checkpoint-5")
     assert done.returncode == 3 and "no such folder" in done.stderr
 
