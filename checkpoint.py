@@ -690,7 +690,9 @@ def load_state(path: str | None, args, data: str) -> TrainState:
             raise ValueError(f"impossible values: {', '.join(wrong)}")
         if not isinstance(content["stream"], (dict, NoneType)):
             raise TypeError("impossible values: stream")
-        state = TrainState(**stored, stream=content["stream"])
+        state = TrainState(**stored, stream=content["stream"], max_steps=stored["global_step"])
+    if not args.trains:
+        return state        # nothing goes on
     with reading(path, "args.json"):
         changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in changed_args(read_json(path, "args.json"), args) if fixed]
     if state.data != data:
@@ -791,7 +793,7 @@ def load_for_evaluation(run: Run, path: str) -> None:
         with reading(path, "state.json"):
             load_optimizer(run, path, read_json(path, "state.json")["optimizer"])
     if run.world.is_main:
-        print(f"evaluating with the weights of {path}")
+        print(f"weights of {path}")
 
 
 def copy_history(source: str, run: Run) -> None:

@@ -22,7 +22,7 @@ from model import GPT, build_model
 from optim import EMA, build_optimizer
 from precision import Precision
 from schedules import build_schedule, notice
-from state import Run, TrainState, UsageError, run_main
+from state import Run, UsageError, run_main
 
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
@@ -71,9 +71,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     sets = eval_set if isinstance(eval_set, dict) else {"": eval_set}
     eval_loaders = {name: None if each is None else make_loader(args, world, model, each, collate) for name, each in sets.items()}
     eval_loader = eval_loaders if isinstance(eval_set, dict) else eval_loaders[""]
-    state = TrainState()
+    state = load_state(checkpoint, args, train_loader.identity if args.trains else "")
     if args.trains:
-        state = load_state(checkpoint, args, train_loader.identity)
         world.status["step"] = state.global_step
         train_loader.resume_state = state.stream
         plan(args, state, train_loader)

@@ -82,7 +82,7 @@ def run(argv: list[str]):
         return None
     if argv[0] not in OPTIMIZERS:
         raise UsageError(f"{argv[0]!r}: expected one of {', '.join(OPTIMIZERS)}, then the flags of train.py")
-    return main(argv[1:], OPTIMIZERS[argv[0]])
+    return main(argv[1:], make_optimizer=OPTIMIZERS[argv[0]])
 
 
 if __name__ == "__main__":
