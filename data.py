@@ -103,7 +103,8 @@ def check_ids(batch: Batch, numbers, vocab_size: int | None, num_labels: int | N
 class Loader:
     """The micro-batches of one rank, in an order that depends only on (seed, epoch), with group_by_length on the round size too.
 
-    dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order.
+    dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order; one with
+    state_dict and load_state_dict, as those of the package datasets, can `seek`.
     collate: list of samples -> batch of tensors with `num_items`; one with the attribute `random` set is called with a seed for each
     sample too. shuffle: else in sequence. seed: of the order of each epoch, and of what is drawn. vocab_size, num_labels: if given, what
     `input_ids` and `labels` are checked against. group_by_length: each sample is read once at the start, for the length of its
@@ -134,9 +135,9 @@ class Loader:
         self.identity = ("a stream" if stream else f"{self.num_samples} samples") + f" {getattr(dataset, 'digest', '')}".rstrip() \
             + (f" grouped by length in rounds of {self.round_size}" if self.lengths is not None else "")
         self.seeks = stream and hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
-        self.beginning: dict | None = None              # of a stream that was not read from there
-        self.resume_state: dict | None = None           # where the next pass that does not start at 0 finds it
-        self.states: deque[dict] = deque()              # where it stood when it was read for the micro-batches that workers prepare
+        self.sought, self.beginning = False, None       # the next pass goes on in the middle; and where the one after it starts
+        self.states: deque[dict] = deque()              # where a stream stood when it was read for the micro-batches that workers prepare,
+        self.here: dict | None = None                   # and for the last one they gave
         self.requests, self.workers = Given(), None
         if num_workers:
             self.workers = torch.utils.data.DataLoader(
@@ -162,14 +163,20 @@ class Loader:
             if isinstance(batch, UsageError):
                 raise batch
             if self.states:
-                self.resume_state = self.states.popleft()
+                self.here = self.states.popleft()
             if self.pin_memory and self.workers is None:
                 batch = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
             yield batch
 
     def position(self) -> dict | None:
         """Where a stream that can seek stands after the last micro-batch, for the checkpoint; all ranks read the same of it."""
-        return self.dataset.state_dict() if self.seeks and self.workers is None else self.resume_state
+        return self.dataset.state_dict() if self.seeks and self.workers is None else self.here
+
+    def seek(self, position: dict | None) -> None:
+        """Has the next pass, if it does not start at 0, go on at a `position`; without one, the stream is read again up to there."""
+        if self.seeks and position is not None:
+            self.beginning, self.sought = self.dataset.state_dict(), True
+            self.dataset.load_state_dict(position)
 
     def plan(self, epoch: int, start: int) -> Iterator[Request]:
         """What this rank reads in one pass."""
@@ -185,11 +192,9 @@ class Loader:
                 yield Request(mine, range(first, first + len(mine)), num_samples, epoch)
 
     def read_stream(self, epoch: int, start: int) -> Iterator[list]:
-        """Rounds of samples. A stream with state_dict and load_state_dict, as those of the package datasets, goes on where it stood;
-        another one is read again up to there."""
-        if self.seeks and start > 0 and self.resume_state is not None:
-            self.beginning, start = self.dataset.state_dict(), 0
-            self.dataset.load_state_dict(self.resume_state)
+        """Rounds of samples."""
+        if self.sought:
+            self.sought, start = False, 0
         elif self.beginning is not None:        # datasets starts every pass where it was told to once
             self.dataset.load_state_dict(self.beginning)
             self.beginning = None

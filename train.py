@@ -11,7 +11,7 @@ import torch
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
 from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressCallback
-from checkpoint import find_checkpoint, find_weights, load_checkpoint, load_for_evaluation, load_state
+from checkpoint import find_checkpoint, find_weights, load_checkpoint, load_for_evaluation, load_state, reading
 from collators import default_collator
 from data import Loader, build_data, keep_columns
 from distributed import World, build_on, open_world, parallelize, set_seed
@@ -74,7 +74,9 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     state = load_state(checkpoint, args, train_loader.identity if args.trains else "")
     if args.trains:
         world.status["step"] = state.global_step
-        train_loader.resume_state = state.stream
+        if state.samples_seen:
+            with reading(checkpoint, "state.json"):
+                train_loader.seek(state.stream)
         plan(args, state, train_loader)
         state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0

@@ -392,7 +392,7 @@ def test_a_wrong_value_in_the_state_is_refused_or_does_no_harm(run, watch):
                 assert error.exit_code == 2
             elif path == ("scaler", "scale") and new is NAN:
                 assert error.exit_code == 4
-            elif is_harmless(path, old, new):
+            elif is_harmless(path, old, new) or path == ("stream",) and isinstance(new, dict):      # of no use for data that is no stream
                 assert error is None, (path, new)
             else:
                 name = "checkpoint-2 holds the state of" if path == ("optimizer", "class") else "state.json"

@@ -185,7 +185,7 @@ def overflow(output_dir, world_size: int, strategy: str):
     samples = [{"x": torch.full((3,), 9.0 if i == 1 else 0.5)} for i in range(world_size)]
     args = settings(output_dir, world_size, strategy, per_device_train_batch_size=1, gradient_accumulation_steps=1, fp16=True, optim="sgd")
     with toy_run(args, model=Planted(), train_set=samples) as (run, loader, _):
-        window = [loader.batch(torch.tensor([loader.rank]), 1, 0)]
+        window = list(loader.epoch())
         scales, before = [run.precision.scaler.get_scale()], weights(run)
         train_step(run, window, lambda model, batch: model(batch["x"]))
         skipped = run.state.skipped_steps
