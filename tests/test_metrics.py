@@ -19,7 +19,8 @@ def value(metric, predictions, labels):
 
 
 def test_accuracy_leaves_out_ignored_labels_and_knows_the_majority():
-    assert value(Accuracy(), ids([[1, 2, 0], [1, 1, 9]]), ids([[1, 1, -100], [1, 2, -100]])) == {"accuracy": 0.5, "baseline": 0.75}
+    assert value(Accuracy(), ids([[1, 2, 0], [1, 1, 9]]), ids([[1, 2, -100], [1, 2, -100]])) == {"accuracy": 0.75, "baseline": 0.5}
+    assert value(Accuracy(), ids([0, 0, 0, 0]), ids([1, 1, 1, 0])) == {"accuracy": 0.25, "baseline": 0.75}
 
 
 def test_macro_f1_by_hand():
@@ -38,7 +39,7 @@ def test_regression_by_hand():
 
 def test_spans_by_hand():
     """The same; 2 of 3 and 4 tokens shared; apart; both empty; one empty."""
-    predictions, labels = ids([[3, 5], [1, 3], [0, 1], [4, 3], [4, 3]]), ids([[3, 5], [2, 5], [2, 3], [4, 3], [4, 4]])
+    predictions, labels = ids([[3, 5], [1, 3], [0, 1], [4, 3], [4, 3]]), ids([[3, 5], [2, 5], [4, 5], [4, 3], [4, 4]])
     expected = {"exact_match": 2 / 5, "f1": (1 + 4 / 7 + 0 + 1 + 0) / 5}
     assert value(SpanMatch(), predictions, labels) == pytest.approx(expected)
     assert value(SpanMatch(), (predictions[:, 0], predictions[:, 1]), (labels[:, 0], labels[:, 1])) == pytest.approx(expected)
@@ -51,6 +52,7 @@ def test_edit_distance_by_hand():
     assert value(EditDistance(end=3, skip=(0,)), ids([[0, 5, 6, 3, 8], [5, 7, 7, 3, 0]]), ids([[5, 6, 3, -100], [5, 6, 3, -100]])) == {"exact_match": 0.5, "error_rate": 0.5}
     several = ids([[[5, 6, 7, 8], [5, 6, -100, -100]], [[5, 6, -100, -100], [-100, -100, -100, -100]]])
     assert value(EditDistance(), ids([[5, 6, -100], [5, 6, 7]]), several) == {"exact_match": 0.5, "error_rate": 1 / 4}
+    assert value(EditDistance(), ids([[-100]]), several[1:]) == {"exact_match": 0, "error_rate": 1}
 
 
 def test_bleu_by_hand():
@@ -67,8 +69,8 @@ def test_bleu_by_hand():
 
 def test_bleu_clips_by_each_reference_and_takes_the_nearest_length():
     metric = Bleu()
-    value(metric, ids([[1, 1, 1, 2]]), ids([[[1, 1, 3, 4, 5, 6, 7, 8], [1, 2, 2, -100, -100, -100, -100, -100]]]))
-    assert metric["hits", 1] == 3 and metric["reference"] == 3
+    value(metric, ids([[1, 1, 1, 2]]), ids([[[1, 1, 3, 4, 5, -100, -100], [1, 2, -100, -100, -100, -100, -100], [3, 4, 5, 6, 7, 8, 9]]]))
+    assert metric["hits", 1] == 3 and metric["reference"] == 5
 
 
 def test_words_outside_the_vocabulary_are_never_right():
