@@ -1,11 +1,11 @@
 # make train: set up and run the default job.   make test: set up and run the tests.
 # make chaos: runs that are killed at random instants.   make parity: every combination of flags against the HF Trainer.
-# make bench: overhead and a table of losses.
+# make recipes: every task of recipes/, against its baseline.   make bench: overhead, memory and a table of losses.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: train test chaos parity lint bench clean
+.PHONY: train test chaos recipes parity lint bench clean
 
 # the default job: a byte-level GPT on the source of Python's standard library, about two minutes on two CPU cores
 train: $(VENV)/train.done
@@ -21,6 +21,9 @@ test: $(VENV)/test.done
 chaos: $(VENV)/test.done
 	$(RUN) -m tools.chaos
 
+recipes: $(VENV)/test.done
+	$(RUN) -m tools.recipes
+
 parity: $(VENV)/test.done
 	PARITY=full OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/parity
 
@@ -30,6 +33,7 @@ lint: $(VENV)/test.done
 bench: $(VENV)/test.done
 	$(RUN) -m bench.overhead
 	$(RUN) -m bench.memory
+	$(RUN) -m bench.evaluation
 	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo $(RUN) -m bench.saving
 	$(RUN) -m bench.numbers
 

@@ -64,6 +64,10 @@ class World:
     def max(self, *values: int) -> list[int]:
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def all(self, flag: bool) -> bool:
+        """Whether it is so on all ranks."""
+        return self.max(int(not flag)) == [0]
+
     def _reduce(self, values, op) -> list[int]:
         if self.world_size == 1:
             return list(values)

@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from collators import CausalLMCollator, PackingCollator
+from evalloop import evaluate
 from loss import compute_loss
 from model import GPT, Cache, generate
 from state import UsageError
-from tests.toy import VOCAB, gpt
+from tests.toy import VOCAB, arguments, gpt, sequences, toy_run
 
 BLOCK = 24
 
@@ -230,3 +231,38 @@ def test_a_diverged_model_is_said_to_be_one_and_keeps_its_mode():
     with pytest.raises(UsageError, match="its training has diverged"):
         generate(net, PROMPTS, 3)
     assert net.training and net.blocks[0].training
+
+
+class Exact:
+    """Streaming: the share of samples whose continuation is what the label says."""
+
+    def reset(self):
+        self.hits = self.rows = 0
+
+    def update(self, predictions, labels):
+        self.hits += int((predictions == labels).all(-1).sum())
+        self.rows += len(labels)
+
+    def compute(self):
+        return {"exact_match": self.hits / self.rows, "n": self.rows}
+
+
+def evaluated(output_dir, strategy: str, batch_size: int):
+    """Evaluation with a predict_fn that generates, where rows end after unequal numbers of tokens."""
+    model = gpt(dtype=torch.float64)
+    prompts = [sequence["input_ids"][:3] for sequence in sequences(7)]
+    references = generate(model, prompts, 5, temperature=0, eos_id=3, pad_id=0)
+    samples = [{"input_ids": prompt, "labels": row} for prompt, row in zip(prompts, references)]
+    samples[2]["labels"] = samples[2]["labels"] * 0 + 16
+    with toy_run(arguments(output_dir, strategy=strategy, per_device_eval_batch_size=batch_size), model=model, train_set=samples, eval_set=samples) as (run, _, loader):
+        def write(model, batch):
+            return generate(model, batch["input_ids"], 5, temperature=0, eos_id=3, pad_id=0, agree=run.world.all)
+        metrics = evaluate(run, loader, lambda model, batch: model(batch["input_ids"]).sum(), Exact(), predict_fn=write)
+    return metrics["eval_exact_match"], metrics["eval_n"], len({int((row == 3).int().argmax()) for row in references})
+
+
+def test_generation_in_evaluation_is_the_same_over_ranks_that_shard_the_weights(ranks, tmp_path):
+    one = evaluated(tmp_path, "ddp", 3)
+    assert one[:2] == (6 / 7, 7) and one[2] > 1
+    for strategy in ("ddp", "fsdp"):
+        assert ranks.run(2, evaluated, tmp_path / strategy, strategy, 2) == [one] * 2
