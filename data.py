@@ -14,7 +14,7 @@ import platform
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +39,8 @@ class Request(NamedTuple):
 
 
 class Reader:
-    """Requests to micro-batches, in the training process or a worker. What it draws at random depends on seed, epoch and sample alone, so
-    it is the same for any batch size, number of ranks and workers, and after a resume."""
+    """Requests to micro-batches, in the training process or a worker. What collators (and in workers data sets) draw at random for a sample
+    depends on seed, epoch and its number alone, so it is the same for any batch size, number of ranks and workers, and after a resume."""
 
     def __init__(self, dataset, collate: Callable[..., Batch], seed: int, vocab_size: int | None, num_labels: int | None):
         self.dataset, self.collate, self.seed, self.vocab_size, self.num_labels = dataset, collate, seed, vocab_size, num_labels
@@ -50,25 +50,33 @@ class Reader:
 
     def __getitem__(self, request: Request) -> Batch | UsageError:
         in_worker = torch.utils.data.get_worker_info() is not None
-        if in_worker:       # the global generators are the worker's own: for data sets that draw from them
-            set_seed(mix(self.seed, request.epoch, request.numbers[0]) % 2**32)
         try:
-            return self.read(request)
+            return self.read(request, in_worker)
         except UsageError as error:
             if in_worker:
                 return error        # raised there, torch would wrap it into a traceback
             raise
 
-    def read(self, request: Request) -> Batch:
-        samples, numbers = request.samples, request.numbers
+    def fetch(self, numbers: list[int], seeds: list[int]) -> list | Batch:
+        """seeds: for the global generators, where these are a worker's own; none in the training process, whose ones checkpoints keep."""
+        if hasattr(self.dataset, "__getitems__"):
+            if seeds:
+                set_seed(seeds[0])
+            return self.dataset.__getitems__(numbers)
+        samples = []
+        for number, seed in zip_longest(numbers, seeds):
+            if seeds:
+                set_seed(seed)
+            samples.append(self.dataset[number])
+        return samples
+
+    def read(self, request: Request, in_worker: bool) -> Batch:
+        samples, numbers, draws = request.samples, request.numbers, getattr(self.collate, "random", False)
+        seeds = [mix(self.seed, request.epoch, number) for number in numbers] if draws or in_worker else []
         if samples is None:
-            fetch = getattr(self.dataset, "__getitems__", None)
-            samples = fetch(numbers) if fetch else [self.dataset[i] for i in numbers]
+            samples = self.fetch(numbers, [seed % 2**32 for seed in seeds] if in_worker else [])
         try:
-            if getattr(self.collate, "random", False):
-                batch = self.collate(samples, [mix(self.seed, request.epoch, number) for number in numbers])
-            else:
-                batch = self.collate(samples)
+            batch = self.collate(samples, seeds) if draws else self.collate(samples)
         except SampleError as error:
             raise UsageError(f"sample {numbers[error.row]}: {error}") from None
         num_items = batch.get("num_items")

@@ -287,11 +287,15 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 def gather_rows(world: World, rows: Tensor, num_samples: int) -> Tensor:
     """Rows (B, ...) of all ranks in rank order, that is in data order, without filler: (sum of num_samples, ...), on the CPU. Ranks may
-    differ in every size; shorter rows are filled with -100 as in the HF Trainer. 16-bit floats become float32."""
+    differ in every size; shorter rows are filled with -100 as in the HF Trainer. 16-bit floats become float32, bool and uint8 int64."""
     if rows.ndim == 0 or len(rows) != max(num_samples, 1):
         raise UsageError(f"a prediction or label of shape {tuple(rows.shape)} came for {num_samples} samples: metrics and predict need one row per "
                          f"sample; give a predict_fn, or preprocess_logits_for_metrics, that returns that")
-    rows = (rows.float() if rows.is_floating_point() and rows.element_size() < 4 else rows).cpu()
+    if rows.is_floating_point():
+        rows = rows.float() if rows.element_size() < 4 else rows
+    elif rows.dtype in (torch.bool, torch.uint8):       # they have no -100
+        rows = rows.long()
+    rows = rows.cpu()
     if world.world_size == 1:
         return rows
     shapes = world.gather(torch.tensor([num_samples, *rows.shape]))                      # (world, 1 + ndim)

@@ -92,8 +92,8 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         write_status(args.output_dir, run.world, state="finished", step=state.global_step, exit=0, job=None, started=None)
         load_best(run)
         return next(row for row in reversed(state.log_history) if "train_loss" in row)
-    if args.eval_strategy != "no" and (key := watched_key(run)) and (key != "eval_loss" or isinstance(eval_loader, dict)):
-        find_metric(run, evaluation(trial=True))        # a wrong name is told now
+    if args.eval_strategy != "no":
+        check_metric(run, eval_loader, evaluation)
     run.model.train()
     if hasattr(run.optimizer, "train"):     # schedule-free optimizers evaluate other weights than they train
         run.optimizer.train()
@@ -174,6 +174,15 @@ def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
 def watched_key(run: Run) -> str | None:
     """The metric of evaluations that training itself goes by: which update is best, when to stop, a schedule that waits for a plateau."""
     return run.args.best_key or ("eval_loss" if isinstance(run.schedule, Plateau) else None)
+
+
+def check_metric(run: Run, eval_loader, evaluation: Callable[..., dict]) -> None:
+    """A metric that does not exist is told before training, by evaluating one round of micro-batches; unless it is plainly there, or a
+    data set can be read only once."""
+    several = isinstance(eval_loader, dict)
+    once = any(isinstance(loader.dataset, Iterator) for loader in (eval_loader.values() if several else [eval_loader]))
+    if watched_key(run) is not None and (several or watched_key(run) != "eval_loss") and not once:
+        find_metric(run, evaluation(trial=True))
 
 
 def find_metric(run: Run, metrics: dict) -> float:

@@ -72,7 +72,7 @@ def test_data_sets_that_draw_do_so_differently_in_each_worker_rank_and_epoch_and
         values = [row[at] for stream in streams for row in stream]
         assert len(set(values)) == len(values) == 24
     assert drawn(0, 2) == streams[0] and drawn(0, 2, num_workers=1) == streams[0]
-    assert drawn(start=4) == drawn()[4:]
+    assert drawn(start=4) == drawn()[4:] and sorted(drawn()) == sorted(streams[0] + streams[1])
 
 
 @pytest.mark.parametrize("sampling", ["random", "sequential", "group_by_length"])
