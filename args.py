@@ -153,7 +153,7 @@ class TrainArgs:
 
     @property
     def needs_held_out(self) -> bool:
-        return self.do_eval or self.trains and (self.eval_strategy != "no" or self.eval_on_start) or self.do_predict and self.test_dataset is None
+        return self.do_eval or self.trains and (self.eval_strategy != "no" or self.eval_on_start)
 
     @property
     def best_key(self) -> str | None:

@@ -122,7 +122,9 @@ class Callbacks:
                     file.seek(state.log_bytes)
                     later = [json.loads(line) for line in file if line.endswith(b"\n")]
                     finished = state.global_step >= state.max_steps and any("train_loss" in row for row in later)
-                    if not finished:
+                    if finished:
+                        state.log_bytes = length        # later evaluations go behind its rows
+                    else:
                         file.truncate(state.log_bytes)
         state.finished = bool(run.world.max(int(finished))[0])
 
@@ -161,12 +163,17 @@ class EarlyStoppingCallback(Callback):
         self.early_stopping_patience, self.early_stopping_threshold = early_stopping_patience, early_stopping_threshold
         self.early_stopping_patience_counter = 0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.best_key is None or args.eval_strategy == "no":
+            raise UsageError("early stopping needs evaluations to compare: give --eval_strategy steps or epoch, and --metric_for_best_model")
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience      # it had stopped
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         value, best = metrics.get(args.best_key), state.best_metric
         if value is None or not state.in_training:      # another of several data sets; that some set has it, the loop sees to
             return
         better = improves(args, value, best) and (best is None or abs(value - best) > self.early_stopping_threshold)
-        self.early_stopping_patience_counter = 0 if better or best is None else self.early_stopping_patience_counter + 1
+        self.early_stopping_patience_counter = 0 if better else self.early_stopping_patience_counter + 1
         control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def state(self) -> dict:

@@ -84,8 +84,8 @@ class Saver:
         """Saves this update. With --save_async it returns when training may go on, and `poll` does the rest."""
         self.finish()
         run, args, world, step = self.run, self.run.args, self.run.world, self.run.state.global_step
-        if self.saved_step == step:
-            return
+        if self.saved_step == step and (run.state.best_global_step != step or run.state.best_saved_step == step):
+            return      # else it was saved before its evaluation: again, with what that said
         self.step, self.began, self.best_before = step, time.monotonic(), run.state.best_saved_step
         if run.state.best_global_step == step:
             run.state.best_saved_step = step
@@ -278,7 +278,7 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
     if world.writes:
         files["args.json"] = plan_json(args.to_dict())
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
-        optimizer = {"class": type(run.optimizer).__name__, "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
+        optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
         files["state.json"] = plan_json({"state": run.state.to_dict(), "optimizer": optimizer, "callbacks": run.callbacks.states(),
                                          "scaler": run.precision.state_dict(), "world_size": world.world_size, "stream": run.state.stream,
                                          "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {}})
@@ -399,20 +399,21 @@ def remove(path: str) -> None:
 
 def find_checkpoint(args, world: World) -> str | None:
     """What --resume_from_checkpoint means, the same on every rank: the path of a checkpoint that is as it was saved, or None to
-    start. Under torchrun, a start after a failure goes on by itself, whatever the flag says. Takes the lock of output_dir.
+    start. Under torchrun, a start after a failure goes on by itself, whatever the flag says. Takes the lock of output_dir. To evaluate
+    without training: the checkpoint to look at, without a lock, since its run may be going on.
 
     Raises UsageError: exit code 2 if output_dir is in use, or holds a run and no flag says what to do with it, 3 if there is
     nothing to resume from. A damaged checkpoint that an older one is used for is renamed, so that the name keeps its meaning."""
     wanted, output_dir = args.resume_from_checkpoint, args.output_dir
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = args.trains and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     candidates, error, job, damaged = [], None, os.environ.get("TORCHELASTIC_RUN_ID"), []
     try:
-        if world.writes:
+        if world.writes and args.trains:
             prepare_output_dir(output_dir, world.on_exit)
         if world.is_main:
             before = read_status(output_dir)
             restarted = restarted and job is not None and before.get("job") == job      # what was refused at first is not allowed at second
-            candidates = list_candidates(wanted, output_dir, restarted)
+            candidates = list_candidates(args, restarted)
             world.status.update(started=before["started"] if restarted else time.time(), step=before.get("step", 0))
     except UsageError as failure:
         error = failure
@@ -422,21 +423,29 @@ def find_checkpoint(args, world: World) -> str | None:
         raise SystemExit(75)        # --max_time is for the job, and torchrun would start it over and over
     candidates = world.gather_json(candidates)[0]
     world.status["job"] = job if restarted else None
-    world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
+    if args.trains:
+        world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
     for path in candidates:
-        problem, is_damaged = find_damage(path, world, args.save_on_each_node)
+        problem, is_damaged = find_damage(path, world, args.save_on_each_node, only_model=not args.trains)
         if problem is None:
             with world.writing(output_dir):
-                for old in damaged:
+                if world.writes:
+                    os.makedirs(output_dir, exist_ok=True)
+                for old in damaged if args.trains else ():
                     if world.writes and os.path.lexists(old):
                         os.rename(old, unused_path(os.path.join(output_dir, f"damaged-{os.path.basename(old)}")))
-            write_status(output_dir, world, job=job)
+            if args.trains:
+                write_status(output_dir, world, job=job)
             return path
-        if path == wanted and not restarted:
-            raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
+        if path == wanted and not restarted or not args.trains:     # an older one would have other results
+            raise UsageError(f"{path} cannot be used: {problem}", 3)
         if world.is_main:
             print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
         damaged += [path] if is_damaged else []
+    if not args.trains:
+        raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is no {'complete ' if candidates else ''}"
+                         f"{'one of a best update' if args.load_best_model_at_end else 'one'} in {output_dir}: give --resume_from_checkpoint PATH, "
+                         f"or --do_train to train first", 3)
     if candidates or (wanted or "").lower() == "true":
         raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
                          f"give the path of one, or start a new run in another --output_dir", 3)
@@ -444,35 +453,21 @@ def find_checkpoint(args, world: World) -> str | None:
     return None
 
 
-def find_weights(args, world: World) -> str:
-    """The checkpoint that --do_eval and --do_predict look at without training: the one of --resume_from_checkpoint, else the best
-    (--load_best_model_at_end) or newest in output_dir. Nothing is written or locked: its run may be going on."""
-    wanted, paths, error = args.resume_from_checkpoint, [], None
-    if wanted is not None and wanted.lower() not in ("true", "auto"):
-        return wanted
-    if world.is_main:
-        paths = [path for path in (os.path.join(args.output_dir, f"checkpoint-{step}") for step in list_checkpoints(args.output_dir)) if looks_complete(path)]
-        try:
-            if paths and args.load_best_model_at_end:
-                with reading(paths[0], "state.json"):
-                    best = read_json(paths[0], "state.json")["state"]["best_saved_step"]
-                    paths = [path for path in paths if path.endswith(f"checkpoint-{best}")]
-            if not paths:
-                raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{' of a best update' * args.load_best_model_at_end} in "
-                                 f"{args.output_dir}: give --resume_from_checkpoint PATH, or --do_train to train first", 3)
-        except UsageError as failure:
-            error = failure
-    world.raise_together(error)
-    return world.gather_json(paths)[0][0]
-
-
-def list_candidates(wanted: str | None, output_dir: str, restarted: bool) -> list[str]:
-    """Paths of the checkpoints that may be resumed from, to be tried in this order; none for a fresh start."""
+def list_candidates(args, restarted: bool) -> list[str]:
+    """Paths of the checkpoints that may be resumed from, to be tried in this order; none for a fresh start. To evaluate without training:
+    the one asked for, else the best (--load_best_model_at_end) or the newest first."""
+    wanted, output_dir = args.resume_from_checkpoint, args.output_dir
     steps = list_checkpoints(output_dir)
     own = [os.path.join(output_dir, f"checkpoint-{step}") for step in steps]
     explicit = wanted is not None and wanted.lower() not in ("true", "false", "auto")
     if restarted:
         return own or ([wanted] if explicit else [])
+    if not args.trains:
+        if own and not explicit and args.load_best_model_at_end:
+            with reading(own[0], "state.json"):
+                best = read_json(own[0], "state.json")["state"]["best_saved_step"]
+            own = [path for path, step in zip(own, steps) if step == best]
+        return [wanted] if explicit else own
     if wanted is None or wanted.lower() == "false":
         if found := holds_run(output_dir):
             raise UsageError(f"--output_dir {output_dir} already holds a run ({found}): go on with it by "
@@ -780,18 +775,19 @@ def load_best(run: Run) -> None:
     if best is None:
         raise UsageError(f"--load_best_model_at_end: the best update, {run.state.best_global_step}, has no checkpoint in {run.args.output_dir}: no "
                          f"evaluation gave a number, or it was removed. What was trained is in the newest checkpoint", 3)
+    problem, _ = find_damage(best, run.world, run.args.save_on_each_node, only_model=True)
+    if problem is not None:
+        raise UsageError(f"{best}: {problem}", 3)
     load_for_evaluation(run, best)
 
 
 def load_for_evaluation(run: Run, path: str) -> None:
-    """What an evaluation needs of a checkpoint, after looking whether it is undamaged."""
-    problem, _ = find_damage(path, run.world, run.args.save_on_each_node, only_model=True)
-    if problem is not None:
-        raise UsageError(f"{path}: {problem}", 3)
+    """What an evaluation needs of a checkpoint."""
     load_weights(run, path)
-    if hasattr(run.optimizer, "eval"):      # a schedule-free one makes the weights to evaluate out of its state
-        with reading(path, "state.json"):
-            load_optimizer(run, path, read_json(path, "state.json")["optimizer"])
+    with reading(path, "state.json"):
+        stored = read_json(path, "state.json")["optimizer"]
+        if stored["evaluates"]:     # a schedule-free one makes the weights to evaluate out of its state
+            load_optimizer(run, path, stored)
     if run.world.is_main:
         print(f"weights of {path}")
 

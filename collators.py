@@ -1,6 +1,7 @@
 """How samples (dicts) become a micro-batch: a dict of tensors for the model plus `num_items`, which the collator counts because only it
 knows what the loss sums over: labels that are not -100 if `labels` are whole numbers, else samples. `label` and `label_ids` are called
-`labels`, as in the HF Trainer. A collator with `random = True` is given `seeds` too, one int per sample, on which alone its draws depend.
+`labels`, as in the HF Trainer. A collator with `random = True` is given `seeds` too, one int per sample, on which alone its draws depend;
+`columns` are those that it uses itself and the model need not take.
 Shapes: B samples, T tokens of the longest (rounded up to a multiple of pad_to_multiple_of), C choices."""
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ PADS = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "special_to
 def default_collator(samples: list[dict] | Batch) -> Batch:
     """Stacks equally shaped samples; a data set with a batched `__getitems__` may hand over a finished batch instead."""
     if isinstance(samples, Mapping):
-        return counted({key: values[0] for key, values in read([samples]).items()})
+        return counted(with_labels(samples))
     return counted({key: stack(key, values) for key, values in read(samples).items()})
 
 
@@ -76,7 +77,7 @@ class MaskedLMCollator(PaddingCollator):
     special_ids: Collection[int] = ()
     probability: float = 0.15
     whole_word: bool = False
-    random = True
+    random, columns = True, ("special_tokens_mask", "word_ids")
 
     def __post_init__(self):
         if not 0 < self.probability <= 1 or not 0 <= self.mask_id < self.vocab_size:
@@ -150,6 +151,11 @@ def read(samples: list[dict], but: Collection[str] = ()) -> dict[str, list[Tenso
                 columns.setdefault(key, []).append(torch.as_tensor(value))
             except (TypeError, ValueError, RuntimeError):
                 raise SampleError(row, f"{key!r} is {sample[key]!r:.80} and not numbers; leave out the sample, or {key!r} of all") from None
+    return with_labels(columns)
+
+
+def with_labels(columns: Mapping) -> dict:
+    """The same, with `labels` by that name."""
     names = [key for key in ("labels", "label", "label_ids") if key in columns]
     if len(names) > 1:
         raise UsageError(f"the samples have {' and '.join(names)}, and only one of them can be the labels; leave out the others")

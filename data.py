@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import inspect
+import json
 import os
 import platform
 import sysconfig
@@ -97,22 +98,23 @@ def check_ids(batch: Batch, numbers, vocab_size: int | None, num_labels: int | N
     """Token ids in [0, vocab_size), labels in [0, num_labels) or -100; else an error that names the sample. Without num_labels, labels of
     the shape of input_ids are token ids."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    if num_labels is None and ids is not None and labels is not None and labels.shape == ids.shape:
+    if num_labels is None and isinstance(ids, Tensor) and isinstance(labels, Tensor) and labels.shape == ids.shape:
         num_labels = vocab_size
     for key, values, limit, also in (("input_ids", ids, vocab_size, ""), ("labels", labels, num_labels, " (-100 marks what is ignored)")):
-        if values is None or limit is None or values.is_floating_point():
+        if not isinstance(values, Tensor) or limit is None or values.is_floating_point():
             continue
         bad = ((values < 0) | (values >= limit)) & ((values != IGNORE) | (key == "input_ids"))
         if bad.any():
             row, *place = bad.nonzero()[0].tolist()
-            raise UsageError(f"sample {numbers[row]}: {key}{place or ''} is {values[(row, *place)]}, outside 0..{limit - 1}{also}")
+            sample = f"sample {numbers[row]}" if len(values) == len(numbers) else f"one of the samples {list(numbers)}"      # packed
+            raise UsageError(f"{sample}: {key}{place or ''} is {values[(row, *place)]}, outside 0..{limit - 1}{also}")
 
 
 class Loader:
     """The micro-batches of one rank, in an order that depends only on (seed, epoch), with group_by_length on the round size too.
 
     dataset: map-style (`__len__` and `__getitem__`, or torch's batched `__getitems__`), or iterable, read in its own order; one with
-    state_dict and load_state_dict, as those of the package datasets, can `seek`.
+    state_dict and load_state_dict, as those of the package datasets, can `seek`; shuffled ones cannot.
     collate: list of samples -> batch of tensors with `num_items`; one with the attribute `random` set is called with a seed for each
     sample too. shuffle: else in sequence. seed: of the order of each epoch, and of what is drawn. vocab_size, num_labels: if given, what
     `input_ids` and `labels` are checked against. group_by_length: each sample is read once at the start, for the length of its
@@ -142,7 +144,8 @@ class Loader:
         # by which a resumed run knows its data again, and an order that depends on more than the seed
         self.identity = ("a stream" if stream else f"{self.num_samples} samples") + f" {getattr(dataset, 'digest', '')}".rstrip() \
             + (f" grouped by length in rounds of {self.round_size}" if self.lengths is not None else "")
-        self.seeks = stream and hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        self.seeks = stream and hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict") \
+            and "BufferShuffled" not in json.dumps(dataset.state_dict())       # whose state leaves out the samples in the buffer
         self.sought, self.beginning = False, None       # the next pass goes on in the middle; and where the one after it starts
         self.states: deque[dict] = deque()              # where a stream stood when it was read for the micro-batches that workers prepare,
         self.here: dict | None = None                   # and for the last one they gave
@@ -180,11 +183,12 @@ class Loader:
         """Where a stream that can seek stands after the last micro-batch, for the checkpoint; all ranks read the same of it."""
         return self.dataset.state_dict() if self.seeks and self.workers is None else self.here
 
-    def seek(self, position: dict | None) -> None:
-        """Has the next pass, if it does not start at 0, go on at a `position`; without one, the stream is read again up to there."""
+    def seek(self, position: dict | None) -> bool:
+        """Has the next pass, which does not start at 0, go on at a `position`. False: it is read again up to there."""
         if self.seeks and position is not None:
             self.beginning, self.sought = self.dataset.state_dict(), True
             self.dataset.load_state_dict(position)
+        return self.sought
 
     def plan(self, epoch: int, start: int) -> Iterator[Request]:
         """What this rank reads in one pass."""
@@ -388,15 +392,15 @@ def build_data(args: TrainArgs) -> Data:
     return data
 
 
-def keep_columns(dataset, model: torch.nn.Module, label_names: str | None):
-    """A data set of the package datasets without the columns that model.forward does not take (--remove_unused_columns), and a note
-    of them. Raises UsageError if nothing is left for the model. Other data sets are left as they are."""
+def keep_columns(dataset, model: torch.nn.Module, collate, label_names: str | None):
+    """A data set of the package datasets without the columns that neither model.forward takes nor the collator, by its attribute
+    `columns`, uses (--remove_unused_columns), and a note of them. Raises UsageError if nothing is left for the model. Other data sets are left as they are."""
     columns = getattr(dataset, "column_names", None)
     parameters = inspect.signature(model.forward).parameters
     if not isinstance(columns, list) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dataset, ""
-    labels = {"labels", "label", "label_ids", *(label_names or "").split(",")}
-    kept = [name for name in columns if name in parameters or name in labels]
+    labels = {"labels", "label", "label_ids", *(name.strip() for name in (label_names or "").split(","))}
+    kept = [name for name in columns if name in parameters or name in labels or name in getattr(collate, "columns", ())]
     if not set(kept) - labels:
         raise UsageError(f"no column of the data ({', '.join(columns)}) is an argument of {type(model).__name__}.forward ({', '.join(parameters)}): "
                          f"rename the columns, or give --remove_unused_columns False if the collator or loss uses them")

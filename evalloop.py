@@ -4,6 +4,7 @@ grow with the data: metrics see the predictions of one round of micro-batches at
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -61,8 +62,8 @@ def evaluate(run: Run, loader, loss_fn: LossFn, compute_metrics: Metrics = None,
     preprocess_logits_for_metrics: (predictions, labels) -> what metrics need of them, on the device, before anything is kept.
 
     compute_metrics: an object whose update(predictions, labels) sees CPU tensors with the rows of all ranks in data order, one or more
-    rounds of micro-batches at a time, shorter rows filled with -100; or a function that gets all (n, ...) at once, which are
-    then held in memory. It is called alike on every rank. Several outputs or labels come as tuples, absent labels as None.
+    rounds of micro-batches at a time, shorter rows filled with -100; or a function that gets all (n, ...) at once, memory-mapped
+    from a file. It is called alike on every rank, and what it says on rank 0 counts. Several outputs or labels come as tuples, absent labels as None.
 
     loader: or a dict of several, whose metrics have their names in front: {prefix}_{name}_loss. trial: only the first round of
     micro-batches, and nothing is logged: it shows that evaluation works, and the names of its metrics."""
@@ -88,11 +89,12 @@ class Predictions(NamedTuple):
 def predict(run: Run, loader, predict_fn: PredictFn | None = None, preprocess_logits_for_metrics: Callable | None = None,
             loss_fn: LossFn | None = None, compute_metrics: Metrics = None, prefix: str = "test") -> Predictions:
     """Predictions for the whole data set in data order, on every rank. They go to output_dir/{prefix}_predictions.npy (and _0, _1 ... if
-    there are several), labels to {prefix}_labels.npy, as they come; shorter rows are filled with -100. Loss and metrics if asked for."""
+    there are several), labels to {prefix}_labels.npy, as they come; shorter rows are filled with -100. Loss and metrics if asked for and
+    the data has labels."""
     files = PredictionFiles(run.world, os.path.join(run.args.output_dir, prefix))
     metrics = measure(run, loader, loss_fn, compute_metrics, predict_fn, preprocess_logits_for_metrics, prefix, files)
     run.callbacks.fire("on_predict", run, metrics=metrics)
-    return Predictions(files.read("predictions"), files.read("labels"), metrics)
+    return Predictions(files.predictions, files.label_ids, metrics)
 
 
 def likeliest(logits: Tensor, labels) -> Tensor:
@@ -102,10 +104,12 @@ def likeliest(logits: Tensor, labels) -> Tensor:
 
 def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, predict_fn: PredictFn | None, preprocess: Callable | None,
             prefix: str, files: PredictionFiles | None = None, trial: bool = False) -> dict[str, float]:
-    """The loop of both."""
-    start, world = time.perf_counter(), run.world
-    metric = compute_metrics if compute_metrics is None or hasattr(compute_metrics, "update") else AtOnce(compute_metrics)
-    sinks = [sink for sink in (metric, files) if sink is not None]
+    """The loop of both. files: for predictions, of which then those without labels have neither loss nor metrics."""
+    start, world, predicts = time.perf_counter(), run.world, files is not None
+    streams = hasattr(compute_metrics, "update")
+    if compute_metrics is not None and not streams and files is None:      # a function gets all of them at once
+        files = PredictionFiles(world, os.path.join(run.args.output_dir, f"tmp-{prefix}"))
+    sinks = [sink for sink in (compute_metrics if streams else None, files) if sink is not None]
     loss_sum = torch.zeros((), dtype=torch.float64)
     num_items = num_samples = num_batches = 0
     waiting: list[tuple] = []       # predictions and labels on the device, with the number of samples
@@ -115,6 +119,11 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
         for batch in islice(loader.epoch(), 1 if trial else None):
             inputs = to_device(batch, world.device)
             names = label_names(run.args, inputs)
+            if not names and compute_metrics is not None and not predicts:
+                raise UsageError(f"metrics need labels, and the batch has none: it has {', '.join(inputs)}. Name their columns by --label_names")
+            if not names and predicts:
+                loss_fn = compute_metrics = None
+                sinks = [files]
             loss = predictions = None
             with run.precision.autocast():
                 if loss_fn is not None:
@@ -143,123 +152,118 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
         metrics = {}
         if loss_fn is not None:
             metrics[f"{prefix}_loss"] = float(world.gather(loss_sum).sum()) / num_items if num_items else float("nan")
-        for key, value in metric.compute().items() if metric is not None else ():
-            metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = value.item() if hasattr(value, "item") else value
+        if files is not None:
+            files.finish(keep=predicts)
+        if compute_metrics is not None:
+            try:
+                found = compute_metrics.compute() if streams else compute_metrics(files.predictions, files.label_ids)
+            except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+                if not trial or isinstance(error, UsageError):
+                    raise
+                return {}       # one round may be too little for it
+            if not isinstance(found, Mapping):
+                raise UsageError(f"compute_metrics gave a {type(found).__name__}; expected a dict of names and numbers")
+            metrics |= {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value.item() if hasattr(value, "item") else value
+                        for key, value in found.items()}
     seconds = time.perf_counter() - start
-    return metrics | {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds,
-                      f"{prefix}_steps_per_second": num_batches / seconds}
+    metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds, f"{prefix}_steps_per_second": num_batches / seconds}
+    return world.gather_json(metrics)[0]        # what a rank has drawn or timed must not make it decide alone
 
 
 def label_names(args, batch: Batch) -> list[str]:
     """The columns of a batch that are labels; none if one of them is missing, as in the HF Trainer."""
     names = ["labels"] if "labels" in batch else ["start_positions", "end_positions"]
-    names = names if args.label_names is None else args.label_names.split(",")
+    names = names if args.label_names is None else [name.strip() for name in args.label_names.split(",")]
     return names if all(name in batch for name in names) else []
 
 
-def as_rows(outputs) -> Any:
-    """What a model returns as a tensor, or a (nested) tuple of tensors. Of a mapping these are its values without the loss, and one alone
-    stands for itself, as in the HF Trainer; what is no tensor, such as a cache of keys and values, is left out. Of another object: its .logits."""
+def as_rows(outputs) -> Tensor | tuple[Tensor, ...]:
+    """What a model returns, as a tensor or several: of a mapping its values without the loss, of lists and tuples what is in them, of
+    another object its .logits. What is no tensor, such as a cache of keys and values, is left out; one alone stands for itself."""
+    found = list(find_tensors(outputs))
+    if not found:
+        raise UsageError(f"predictions are a {type(outputs).__name__} without tensors; expected tensors with one row per sample")
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def find_tensors(outputs) -> Iterator[Tensor]:
     if isinstance(outputs, Mapping):
-        outputs = tuple(value for key, value in outputs.items() if key != "loss")
-    if isinstance(outputs, (tuple, list)):
-        rows = tuple(as_rows(each) for each in outputs if isinstance(each, (Tensor, tuple, list, Mapping)))
-        return rows[0] if len(rows) == 1 else rows
-    rows = getattr(outputs, "logits", outputs)
-    if not isinstance(rows, Tensor):
-        raise UsageError(f"predictions are a {type(rows).__name__}; expected tensors with one row per sample")
-    return rows.detach()
-
-
-def map_rows(function: Callable[..., Any], *rows) -> Any:
-    """function of tensors, or of the tensors at the same place in nested tuples."""
-    if not isinstance(rows[0], tuple):
-        return function(*rows)
-    return tuple(map_rows(function, *parts) for parts in zip(*rows, strict=True))
+        outputs = [value for key, value in outputs.items() if key != "loss"]
+    outputs = getattr(outputs, "logits", outputs)
+    if isinstance(outputs, Tensor):
+        yield outputs.detach()
+    elif isinstance(outputs, (tuple, list)):
+        for each in outputs:
+            yield from find_tensors(each)
 
 
 def hand_over(world: World, waiting: list[tuple], sinks: list) -> None:
     """Gives metrics and files the rows of all ranks, and forgets them."""
     for predictions, labels, num_samples in waiting:
-        rows = map_rows(lambda tensor: gather_rows(world, tensor, num_samples), predictions)        # noqa: B023  called at once
-        label_rows = None if labels is None else map_rows(lambda tensor: gather_rows(world, tensor, num_samples), labels)   # noqa: B023
+        found = [None if rows is None else gather_rows(world, rows, num_samples) if isinstance(rows, Tensor) else
+                 tuple(gather_rows(world, each, num_samples) for each in rows) for rows in (predictions, labels)]
         for sink in sinks:
-            sink.update(rows, label_rows)
+            sink.update(*found)
     waiting.clear()
 
 
-class AtOnce:
-    """compute_metrics as a function of all predictions and labels: keeps them."""
-
-    def __init__(self, function: Callable[[Any, Any], dict]):
-        self.function = function
-
-    def reset(self) -> None:
-        self.parts: list[tuple] = []
-
-    def update(self, predictions, labels) -> None:
-        self.parts.append((predictions, labels))
-
-    def compute(self) -> dict:
-        predictions, labels = zip(*self.parts)
-        return self.function(map_rows(join_rows, *predictions), None if labels[0] is None else map_rows(join_rows, *labels))
-
-
 class PredictionFiles:
-    """Predictions and labels in files, one for each tensor; the rank that writes has them all."""
+    """Predictions and labels in numpy's .npy files, one for each tensor: stem_predictions.npy, or stem_predictions_0.npy and so on. The
+    rank that writes appends rows to nameless files as they come; only at the end it is known how many there are and how wide the widest
+    is. After `finish`, predictions and label_ids are these files, memory-mapped, on all ranks."""
 
     def __init__(self, world: World, stem: str):
         self.world, self.stem = world, stem
 
     def reset(self) -> None:
-        self.files: dict[str, RowFile | None] = {}      # None on ranks that do not write
+        self.parts: dict[str, list[tuple]] = {}     # of each file: (dtype, shape) of what was appended
+        self.raw: dict[str, Any] = {}
 
     def update(self, predictions, labels) -> None:
         with self.world.writing(self.stem):
             for kind, rows in (("predictions", predictions), ("labels", labels)):
-                tensors = [] if rows is None else flatten(rows)
+                tensors = () if rows is None else (rows,) if isinstance(rows, Tensor) else rows
                 for i, tensor in enumerate(tensors):
-                    path = f"{self.stem}_{kind}{f'_{i}' * (len(tensors) > 1)}.npy"
-                    if path not in self.files:
-                        self.files[path] = RowFile(path) if self.world.writes else None
+                    path, array = f"{self.stem}_{kind}{f'_{i}' * (len(tensors) > 1)}.npy", tensor.numpy()
+                    parts = self.parts.setdefault(path, [])
+                    if parts and (parts[0][0] != array.dtype or len(parts[0][1]) != array.ndim):
+                        raise UsageError(f"{kind} {array.dtype} of shape {array.shape} came after {parts[0][0]} of {parts[0][1]}: give all batches the same type")
+                    parts.append((array.dtype, array.shape))
                     if self.world.writes:
-                        self.files[path].append(tensor.numpy())
+                        if path not in self.raw:
+                            self.raw[path] = tempfile.TemporaryFile(dir=os.path.dirname(path))      # noqa: SIM115
+                        self.raw[path].write(np.ascontiguousarray(array).data)
 
-    def read(self, kind: str) -> Any:
-        paths = [path for path in self.files if path.startswith(f"{self.stem}_{kind}")]
+    def finish(self, keep: bool) -> None:
+        """keep: else the files have no names any more, and are gone when nobody looks at them."""
         with self.world.writing(self.stem):
-            for path in paths if self.world.writes else ():
-                self.files[path].close()
-        found = tuple(torch.from_numpy(np.load(path, mmap_mode="c")) for path in paths)
-        return None if not found else found[0] if len(found) == 1 else found
+            if len({sum(shape[0] for _, shape in parts) for parts in self.parts.values()}) > 1:
+                raise UsageError("some batches had labels or predictions that others lack: give all samples the same columns")
+            if self.world.writes:
+                self.remove()       # those of another time
+                for path, raw in self.raw.items():
+                    self.write(path, raw, self.parts[path])
+        with self.world.writing(self.stem):
+            found = {kind: tuple(torch.from_numpy(np.load(path, mmap_mode="c")) for path in self.parts if path.startswith(f"{self.stem}_{kind}"))
+                     for kind in ("predictions", "labels")}
+        if not keep:
+            self.remove()
+        self.predictions, self.label_ids = (None if not tensors else tensors[0] if len(tensors) == 1 else tensors for tensors in found.values())
 
+    def write(self, path: str, raw, parts: list[tuple]) -> None:
+        widest = [max(sizes) for sizes in zip(*(shape[1:] for _, shape in parts))]
+        dtype, total = parts[0][0], sum(shape[0] for _, shape in parts)
+        raw.seek(0)
+        with raw, open(path + ".tmp", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (total, *widest)})
+            for _, shape in parts:
+                rows = np.frombuffer(bytearray(raw.read(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
+                file.write(pad_to(torch.from_numpy(rows), [shape[0], *widest]).numpy().data)
+        os.replace(path + ".tmp", path)     # who still looks at an older one keeps it
 
-def flatten(rows) -> list[Tensor]:
-    return [tensor for each in rows for tensor in flatten(each)] if isinstance(rows, tuple) else [rows]
-
-
-class RowFile:
-    """An array (n, ...) in numpy's .npy format that grows by rows. They go to a nameless file as they come; only at the end it is known
-    how many there are and how wide the widest is."""
-
-    def __init__(self, path: str):
-        self.path, self.parts = path, []
-        self.raw = tempfile.TemporaryFile(dir=os.path.dirname(path))    # noqa: SIM115
-
-    def append(self, rows: np.ndarray) -> None:
-        rows.tofile(self.raw)
-        self.parts.append((rows.dtype, rows.shape))
-
-    def close(self) -> None:
-        widest = [max(sizes) for sizes in zip(*(shape[1:] for _, shape in self.parts))]
-        header = {"descr": self.parts[0][0].str, "fortran_order": False, "shape": (sum(shape[0] for _, shape in self.parts), *widest)}
-        self.raw.seek(0)
-        with self.raw, open(self.path + ".tmp", "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for dtype, shape in self.parts:
-                rows = np.fromfile(self.raw, dtype, math.prod(shape)).reshape(shape)
-                pad_to(torch.from_numpy(rows), [shape[0], *widest]).numpy().tofile(file)
-        os.replace(self.path + ".tmp", self.path)       # who still looks at an older one keeps it
+    def remove(self) -> None:
+        for path in glob.glob(f"{glob.escape(self.stem)}_predictions*.npy") + glob.glob(f"{glob.escape(self.stem)}_labels*.npy") if self.world.writes else ():
+            os.remove(path)
 
 
 def save_results(run: Run, split: str, metrics: dict[str, float]) -> None:
@@ -272,7 +276,7 @@ def save_results(run: Run, split: str, metrics: dict[str, float]) -> None:
                 with open(path) as file:
                     known = json.load(file)
             with open(path + ".tmp", "w") as file:
-                json.dump({**known, **metrics}, file, indent=4, sort_keys=True)
+                json.dump({**known, **metrics}, file, indent=4, sort_keys=True, default=float)      # numpy's numbers too
             os.replace(path + ".tmp", path)
 
 
@@ -287,26 +291,24 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 def gather_rows(world: World, rows: Tensor, num_samples: int) -> Tensor:
     """Rows (B, ...) of all ranks in rank order, that is in data order, without filler: (sum of num_samples, ...), on the CPU. Ranks may
-    differ in every size; shorter rows are filled with -100 as in the HF Trainer. 16-bit floats become float32, bool and uint8 int64."""
+    differ in every size; shorter rows are filled with -100 as in the HF Trainer. 16-bit floats become float32, whole numbers int64."""
     if rows.ndim == 0 or len(rows) != max(num_samples, 1):
         raise UsageError(f"a prediction or label of shape {tuple(rows.shape)} came for {num_samples} samples: metrics and predict need one row per "
                          f"sample; give a predict_fn, or preprocess_logits_for_metrics, that returns that")
     if rows.is_floating_point():
         rows = rows.float() if rows.element_size() < 4 else rows
-    elif rows.dtype in (torch.bool, torch.uint8):       # they have no -100
-        rows = rows.long()
+    else:
+        rows = rows.long()      # of others, some have no -100
     rows = rows.cpu()
     if world.world_size == 1:
         return rows
-    shapes = world.gather(torch.tensor([num_samples, *rows.shape]))                      # (world, 1 + ndim)
-    padded = pad_to(rows, shapes[:, 1:].amax(0).tolist())
-    return torch.cat([part[:n] for part, n in zip(world.gather(padded), shapes[:, 0].tolist())])
-
-
-def join_rows(*parts: Tensor) -> Tensor:
-    """Rows of several batches as one tensor, shorter ones filled with -100."""
-    sizes = [max(lengths) for lengths in zip(*(part.shape[1:] for part in parts))]
-    return torch.cat([pad_to(part, [len(part), *sizes]) for part in parts])
+    told = world.gather(torch.tensor([num_samples, rows.ndim, *rows.shape, *[0] * 8])[:8])      # (world, 8)
+    (ndim, *other), shapes = set(told[:, 1].tolist()), told[:, 2:2 + rows.ndim]
+    if other or ndim > 6:
+        raise UsageError(f"predictions or labels of rank {world.rank} have shape {tuple(rows.shape)}, and {told[:, 1].tolist()} dimensions by rank: give "
+                         f"equally many everywhere, and at most 6")
+    padded = pad_to(rows, shapes.amax(0).tolist())
+    return torch.cat([part[:n] for part, n in zip(world.gather(padded), told[:, 0].tolist())])
 
 
 def pad_to(tensor: Tensor, shape: list[int]) -> Tensor:

@@ -111,7 +111,8 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
             callbacks.fire("on_epoch_begin", run)
             began_at, samples_before = state.samples_seen, state.total_samples
             batches = train_loader.epoch(state.epochs_done, start=state.samples_seen)
-            while state.global_step < state.max_steps and (window := list(islice(batches, args.gradient_accumulation_steps))):
+            while state.global_step < state.max_steps and not control.should_training_stop \
+                    and (window := list(islice(batches, args.gradient_accumulation_steps))):
                 callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
                 with explaining_out_of_memory(args):
                     update = train_step(run, window, loss_fn)
@@ -178,11 +179,11 @@ def watched_key(run: Run) -> str | None:
 
 def check_metric(run: Run, eval_loader, evaluation: Callable[..., dict]) -> None:
     """A metric that does not exist is told before training, by evaluating one round of micro-batches; unless it is plainly there, or a
-    data set can be read only once."""
+    data set can be read only once, or one round is too little for the metric."""
     several = isinstance(eval_loader, dict)
     once = any(isinstance(loader.dataset, Iterator) for loader in (eval_loader.values() if several else [eval_loader]))
-    if watched_key(run) is not None and (several or watched_key(run) != "eval_loss") and not once:
-        find_metric(run, evaluation(trial=True))
+    if watched_key(run) is not None and (several or watched_key(run) != "eval_loss") and not once and (metrics := evaluation(trial=True)):
+        find_metric(run, metrics)
 
 
 def find_metric(run: Run, metrics: dict) -> float:
@@ -347,6 +348,9 @@ def plan(args, state: TrainState, loader) -> None:
     eval_steps = args.logging_steps if args.eval_steps is None else args.eval_steps
     for name, value in (("logging_steps", args.logging_steps), ("eval_steps", eval_steps), ("save_steps", args.save_steps)):
         setattr(state, name, math.ceil(value * state.max_steps) if value < 1 else int(value))
+    if args.load_best_model_at_end and args.save_strategy == args.eval_strategy == "steps" and state.save_steps % state.eval_steps:
+        raise UsageError(f"--load_best_model_at_end needs a checkpoint of each best evaluation: with {state.max_steps} updates save_steps={args.save_steps} "
+                         f"is {state.save_steps} and eval_steps={eval_steps} is {state.eval_steps}, no multiple; give --save_strategy best, or whole numbers")
 
 
 def windows(args, micro_batches: int) -> int:

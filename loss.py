@@ -29,9 +29,14 @@ def logits_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy () of a model that gives logits (..., classes), itself or as .logits, for all of the batch but `labels`
     (...), where -100 is ignored: classification of samples or tokens, multiple choice, masked and sequence-to-sequence LM. Returns
     the logits too, which spares evaluations a second forward pass."""
-    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    labels, output = labels_of(batch), model(**{key: value for key, value in batch.items() if key != "labels"})
     logits = getattr(output, "logits", output)
-    return cross_entropy(logits, labels_of(batch)), logits
+    try:
+        return cross_entropy(logits, labels), logits
+    except IndexError:      # on a CPU; a GPU's own message is a failed assertion
+        row, *place = ((labels != IGNORE) & ((labels < 0) | (labels >= logits.shape[-1]))).nonzero()[0].tolist()
+        raise UsageError(f"labels{place or ''} of sample {row} of the micro-batch is {labels[(row, *place)]}, and the model has classes "
+                         f"0..{logits.shape[-1] - 1} (-100 marks what is ignored)") from None
 
 
 def labels_of(batch: Batch) -> Tensor:

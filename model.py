@@ -110,7 +110,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """model(input_ids (B, T)) -> logits (B, T, V); model(input_ids, labels (B, T)) -> summed cross-entropy (). labels are already
     shifted: labels[b, t] is the token after input_ids[b, t], or -100 to ignore it. position_ids (B, T), if given, start again at 0 in
-    each document of a row, and none attends to another. cache: input_ids are those after the ones it was called with before."""
+    each document of a row, and none attends to another. cache: input_ids are those after the ones it was called with before.
+    attention_mask is what padding collators give; padding at the right needs none here, since no token looks ahead."""
 
     meta_init = True        # initial weights are those of reset_parameters, module by module, and nothing else
 
@@ -124,7 +125,7 @@ class GPT(nn.Module):
         self.head = Linear(n_embd, vocab_size)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
+                cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         T, positions, mask = input_ids.shape[1], position_ids, None
         if positions is None:
             positions = torch.arange(T, device=input_ids.device)[None] + (0 if cache is None else cache.next_position)
@@ -175,14 +176,14 @@ def generate(model: GPT, prompts: Tensor | list[Tensor], length: int, temperatur
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = torch.stack([torch.rand(length, dtype=torch.float64, generator=generator) for generator in generators]).to(device)
     written = torch.full((len(rows), length), pad_id, device=device)
+    finite = torch.tensor(True, device=device)
     ended, cache = torch.zeros(len(rows), dtype=torch.bool, device=device), Cache(model.block_size - 1)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         for at in range(length):
             logits = model(tokens, position_ids=positions, cache=cache)[:, -1].float()                  # (B, V)
-            if not torch.isfinite(logits).all():
-                raise UsageError("the model cannot write: its outputs are not finite, so its training has diverged")
+            finite &= logits.amax(-1).isfinite().all()          # -inf is a token that cannot come
             new = logits.argmax(-1) if temperature == 0 else sample(logits / temperature, draws[:, at, None], top_k, top_p)
             written[:, at] = torch.where(ended, pad_id, new)
             ended |= new == eos_id
@@ -192,6 +193,8 @@ def generate(model: GPT, prompts: Tensor | list[Tensor], length: int, temperatur
     finally:
         for module in training:
             module.training = True
+    if not finite:
+        raise UsageError("the model cannot write: its outputs are not finite, so its training has diverged")
     return written
 
 

@@ -11,7 +11,7 @@ import torch
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
 from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressCallback
-from checkpoint import find_checkpoint, find_weights, load_checkpoint, load_for_evaluation, load_state, reading
+from checkpoint import find_checkpoint, load_checkpoint, load_for_evaluation, load_state, reading
 from collators import default_collator
 from data import Loader, build_data, keep_columns
 from distributed import World, build_on, open_world, parallelize, set_seed
@@ -26,16 +26,17 @@ from state import Run, UsageError, run_main
 
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
-         compute_metrics=None, predict_fn=None, preprocess_logits_for_metrics=likeliest, callbacks=(), make_optimizer=build_optimizer,
+         compute_metrics=None, predict_fn=None, preprocess_logits_for_metrics=None, callbacks=(), make_optimizer=build_optimizer,
          train_step=train_step, description: str = "Train a model.") -> Run:
     """Trains, evaluates and predicts as the flags in argv say. The other arguments are the parts that a task of one's own replaces: see the
     function of that name in data.py, model.py, ..., and `evaluate` for the ones of metrics."""
     args = parse_args(argv, description)                      # args.py        one flat dataclass
     with open_world(args) as world:                           # distributed.py one process is not a special case
-        # checkpoint.py  before the work of reading data
-        checkpoint = find_checkpoint(args, world) if args.trains else find_weights(args, world)
+        checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data
+        if args.do_predict and data.test is data.eval is None:
+            raise UsageError("--do_predict needs data to predict for: give --test_dataset or held-out data")
         model = build_on(world, lambda: build_model(args))    # model.py       <- your model
         run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, collate, callbacks, checkpoint, make_optimizer)
         measures = {"compute_metrics": compute_metrics, "predict_fn": predict_fn, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
@@ -48,8 +49,12 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
             save_results(run, "eval", evaluate(run, eval_loader, loss_fn, **measures))      # evalloop.py
         if args.do_predict:
             test_loader = eval_loader if data.test is None else make_loader(args, world, model, data.test, collate)
-            save_results(run, "test", predict(run, test_loader, loss_fn=loss_fn, **measures).metrics)
-            print0(world, f"predictions are in {args.output_dir}/test_predictions.npy")
+            metrics = {}
+            for name, loader in (test_loader if isinstance(test_loader, dict) else {"": test_loader}).items():
+                prefix = f"test_{name}" if name else "test"
+                metrics |= predict(run, loader, loss_fn=loss_fn, **measures, prefix=prefix).metrics
+                print0(world, f"predictions are in {args.output_dir}/{prefix}_predictions.npy")
+            save_results(run, "test", metrics)
     return run
 
 
@@ -63,20 +68,20 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     With --do_eval or --do_predict and no --do_train the run has the weights of a checkpoint, and train_set is not looked at."""
     check_args(args)
     if checkpoint == "find":
-        checkpoint = find_checkpoint(args, world) if args.trains else find_weights(args, world)
+        checkpoint = find_checkpoint(args, world)
     if eval_set is None and args.needs_held_out:
-        raise UsageError("to evaluate or predict needs held-out data, and there is none: give an eval_set, or --eval_strategy no")
+        raise UsageError("to evaluate needs held-out data, and there is none: give an eval_set, or --eval_strategy no and no --do_eval")
     collate = collate or default_collator
     train_loader = make_loader(args, world, model, train_set, collate, train=True) if args.trains else None
-    sets = eval_set if isinstance(eval_set, dict) else {"": eval_set}
-    eval_loaders = {name: None if each is None else make_loader(args, world, model, each, collate) for name, each in sets.items()}
-    eval_loader = eval_loaders if isinstance(eval_set, dict) else eval_loaders[""]
+    eval_loader = make_loader(args, world, model, eval_set, collate)
     state = load_state(checkpoint, args, train_loader.identity if args.trains else "")
     if args.trains:
         world.status["step"] = state.global_step
         if state.samples_seen:
             with reading(checkpoint, "state.json"):
-                train_loader.seek(state.stream)
+                sought = train_loader.seek(state.stream)
+            if train_loader.num_samples is None:
+                print0(world, f"the stream {'goes on' if sought else 'is read again up to'} after sample {state.samples_seen} of its pass")
         plan(args, state, train_loader)
         state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
@@ -94,6 +99,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     adapt(model, args)                                        # adapters.py    before wrapping
     parallel = parallelize(model, args, world)                # distributed.py <- your parallelism
     optimizer = make_optimizer(model, args)                   # optim.py       <- your optimizer; after that
+    if args.save_only_model and hasattr(optimizer, "eval"):
+        raise UsageError(f"{type(optimizer).__name__} makes the weights to evaluate out of its state, which --save_only_model leaves out: leave it away")
     parallel.shard(optimizer)                                 # zero.py        from here on it trains this rank's parts
     schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
     run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*watching, *callbacks]),
@@ -109,10 +116,13 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     return run, train_loader, eval_loader
 
 
-def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, collate, train: bool = False) -> Loader:
-    """The micro-batches of a data set for training, in the order of --train_sampling_strategy, or for evaluation, in its own."""
+def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, collate, train: bool = False) -> Loader | dict | None:
+    """The micro-batches of a data set for training, in the order of --train_sampling_strategy, or for evaluation, in its own; of a dict
+    of data sets a dict of them, of none none."""
+    if dataset is None or isinstance(dataset, dict):
+        return dataset and {name: make_loader(args, world, model, each, collate, train) for name, each in dataset.items()}
     if args.remove_unused_columns:
-        dataset, note = keep_columns(dataset, model, args.label_names)
+        dataset, note = keep_columns(dataset, model, collate, args.label_names)
         if note:
             print0(world, f"note: {note} (--remove_unused_columns False keeps them)")
     vocab_size = getattr(model, "vocab_size", getattr(getattr(model, "config", None), "vocab_size", None))
@@ -163,5 +173,9 @@ def print_end(run: Run) -> None:
             print0(run.world, f"to see what it writes: python -m tools.generate {folder} --prompt 'def '")
 
 
+def run(argv: list[str] | None = None) -> Run:
+    return main(argv, preprocess_logits_for_metrics=likeliest)      # of language modelling nobody wants the logits
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(run)

@@ -13,6 +13,7 @@ from functools import cache
 from args import TrainArgs
 from collators import PaddingCollator
 from data import Data
+from evalloop import likeliest
 from loss import logits_loss
 from state import run_main
 from tools.corpora import Vocabulary, movie_reviews
@@ -44,7 +45,8 @@ def build_model(args: TrainArgs):
 
 
 def run(argv: list[str]):
-    return main(FLAGS.split() + argv, build_data, build_model, PaddingCollator(Vocabulary.PAD), logits_loss, Accuracy(), description=__doc__)
+    return main(FLAGS.split() + argv, build_data, build_model, PaddingCollator(Vocabulary.PAD), logits_loss, Accuracy(),
+                preprocess_logits_for_metrics=likeliest, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def expected(values, greater, patience, threshold):
     best, best_step, bad = None, 0, 0
     for step, value in enumerate(values, 1):
         better = not math.isnan(value) and (best is None or (value > best if greater else value < best))
-        bad = 0 if best is None or better and abs(value - best) > threshold else bad + 1
+        bad = 0 if better and (best is None or abs(value - best) > threshold) else bad + 1
         if better:
             best, best_step = value, step
         if patience is not None and bad >= patience:

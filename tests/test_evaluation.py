@@ -233,7 +233,7 @@ def two_outputs(output_dir):
     with toy_run(arguments(output_dir), model=Pair(), train_set=samples, eval_set=samples) as (run, _, loader):
         evaluate(run, loader, lambda model, batch: model(batch["x"])["logits"].sum(), metric)
         found = predict(run, loader)
-    (logits, (hidden, more)), (starts, ends) = seen[0]
+    (logits, hidden, more), (starts, ends) = seen[0]
     assert logits.shape == (5, 2) and (more == hidden + 1).all() and (ends == starts + 1).all()
     assert all((a == b).all() for a, b in zip(found.predictions, (logits, hidden, more), strict=True))
     assert found.label_ids[1].tolist() == [1, 2, 3, 4, 5] and min(p.name for p in output_dir.glob("*.npy")) == "test_labels_0.npy"

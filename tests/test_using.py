@@ -9,7 +9,7 @@ from distributed import open_world
 from state import UsageError
 from tests.test_main import TINY
 from tests.toy import arguments, rows
-from train import main
+from train import run as main
 
 TRAIN = [*TINY, "--learning_rate", "1e-2", "--per_device_eval_batch_size", "64", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
 
@@ -89,7 +89,7 @@ def test_weights_alone_will_do_but_not_damaged_or_missing_ones(tmp_path, text):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="checkpoint-4: model.safetensors cannot be used") as error:
+    with pytest.raises(UsageError, match="checkpoint-4 cannot be used: model.safetensors") as error:
         main([*TINY, *text, "--output_dir", str(tmp_path), "--do_eval"])
     assert error.value.exit_code == 3
     with pytest.raises(UsageError, match="there is none in .*or --do_train to train first"):

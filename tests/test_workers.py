@@ -178,7 +178,7 @@ def test_columns_that_the_model_does_not_take_are_left_out_and_named(capsys, tmp
     assert "columns left out, as the model does not take them: id, text" in capsys.readouterr().out
     with pytest.raises(UsageError, match="no column of the data .id, text. is an argument of GPT.forward .input_ids, labels"):
         run_training(arguments(tmp_path / "b", max_steps=2), train_set=table.select_columns(["id", "text"]))
-    assert keep_columns(sequences(2), torch.nn.Linear(1, 1), None)[1] == ""      # not a table
+    assert keep_columns(sequences(2), torch.nn.Linear(1, 1), default_collator, None)[1] == ""      # not a table
 
 
 def test_flags_of_workers_need_workers():

@@ -54,12 +54,12 @@ def main() -> None:
     flags = parser.parse_args()
     worse = []
     print("| recipe | metric | seeds | mean | baseline | seconds | lines |\n|---|---|---|---|---|---|---|")
-    for name in flags.names or names():
+    for name in flags.names or names() or sys.exit("no recipe was found"):
         module = importlib.import_module(f"recipes.{name}")
         less = getattr(module, "LESS_IS_BETTER", False)
         found = [run(name, int(seed)) for seed in flags.seeds.split(",")]
         values, baseline = [value for value, _, _ in found], found[0][1]
-        worse += [name] if any(value >= base if less else value <= base for value, base, _ in found) else []
+        worse += [name] if not all(value < base if less else value > base for value, base, _ in found) else []
         print(f"| {name} | {module.METRIC.removeprefix('eval_')}{' (less is better)' * less} | {', '.join(f'{v:.4g}' for v in values)} | {mean(values):.4g} "
               f"| {baseline:.4g} | {mean(seconds for *_, seconds in found):.0f} | {own_lines(name)} |", flush=True)
     if worse:
