@@ -443,9 +443,8 @@ def find_checkpoint(args, world: World) -> str | None:
             print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
         damaged += [path] if is_damaged else []
     if not args.trains:
-        raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is no {'complete ' if candidates else ''}"
-                         f"{'one of a best update' if args.load_best_model_at_end else 'one'} in {output_dir}: give --resume_from_checkpoint PATH, "
-                         f"or --do_train to train first", 3)
+        raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{' of a best update' * args.load_best_model_at_end} in "
+                         f"{output_dir}: give --resume_from_checkpoint PATH, or --do_train to train first", 3)
     if candidates or (wanted or "").lower() == "true":
         raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
                          f"give the path of one, or start a new run in another --output_dir", 3)

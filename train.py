@@ -81,7 +81,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
             with reading(checkpoint, "state.json"):
                 sought = train_loader.seek(state.stream)
             if train_loader.num_samples is None:
-                print0(world, f"the stream {'goes on' if sought else 'is read again up to'} after sample {state.samples_seen} of its pass")
+                print0(world, f"the stream {'goes on after' if sought else 'is read again up to'} sample {state.samples_seen} of its pass")
         plan(args, state, train_loader)
         state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
@@ -173,8 +173,8 @@ def print_end(run: Run) -> None:
             print0(run.world, f"to see what it writes: python -m tools.generate {folder} --prompt 'def '")
 
 
-def run(argv: list[str] | None = None) -> Run:
-    return main(argv, preprocess_logits_for_metrics=likeliest)      # of language modelling nobody wants the logits
+def run(argv: list[str] | None = None, **parts) -> Run:
+    return main(argv, preprocess_logits_for_metrics=likeliest, **parts)      # of language modelling nobody wants the logits
 
 
 if __name__ == "__main__":

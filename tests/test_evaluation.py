@@ -1,6 +1,8 @@
 """Evaluation is exact for any batch size and number of ranks, and never touches training."""
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -315,3 +317,87 @@ def test_what_an_older_prediction_shows_stays_when_there_is_a_newer_one(tmp_path
         kept = first.clone()
         predict(run, loader, lambda model, batch: batch["input_ids"] * 0)
     assert (first == kept).all() and not list(tmp_path.glob("*.tmp"))
+
+
+def of_rank(output_dir):
+    """Metrics that ranks would not agree on, and rows of whole numbers, bools and unequal lengths."""
+    samples = [{"x": torch.arange(i + 1)} for i in range(5)]
+
+    def pad(batch):
+        return {"x": torch.nn.utils.rnn.pad_sequence([s["x"] for s in batch], batch_first=True).to(torch.uint8), "num_items": len(batch)}
+    with toy_run(arguments(output_dir, label_names="x"), model=torch.nn.Linear(1, 1), train_set=samples, eval_set=samples, collate=pad) as (run, _, loader):
+        torch.manual_seed(run.world.rank)
+        metrics = evaluate(run, loader, lambda model, batch: torch.zeros(()), lambda predictions, labels: {"noise": torch.rand(()).item()},
+                           predict_fn=lambda model, batch: batch["x"] > 0)
+        found = predict(run, loader, lambda model, batch: (batch["x"] > 0, batch["x"]))
+    return metrics, [rows.tolist() for rows in found.predictions]
+
+
+def test_ranks_agree_on_metrics_and_bools_and_bytes_can_be_filled(ranks, tmp_path):
+    _, (bools, numbers) = of_rank(tmp_path / "one")
+    assert bools[1] == [0, 1, -100, -100, -100] and numbers[3] == [0, 1, 2, 3, -100]
+    (first, rows), (second, more) = ranks.run(2, of_rank, tmp_path / "two")
+    assert first == second and rows == more
+
+
+def test_predictions_that_change_their_type_or_that_some_batches_lack_are_refused(tmp_path):
+    with toy_run(arguments(tmp_path, per_device_eval_batch_size=1), eval_set=sequences(2)) as (run, _, loader):
+        turns = iter([torch.long, torch.float32])
+        with pytest.raises(UsageError, match="came after int64"):
+            predict(run, loader, lambda model, batch: batch["input_ids"].to(next(turns)))
+        sizes = iter([1, 2])
+        with pytest.raises(UsageError, match="others lack"):
+            predict(run, loader, lambda model, batch: (batch["input_ids"],) * next(sizes))
+    assert not list(tmp_path.glob("test_*"))
+
+
+@pytest.mark.parametrize("metric, said", [(lambda predictions, labels: 0.5, "gave a float; expected a dict"), (lambda predictions, labels: None, "gave a NoneType")])
+def test_a_metric_that_gives_no_dict_is_told(tmp_path, metric, said):
+    with toy_run(arguments(tmp_path), eval_set=sequences(3)) as (run, _, loader), pytest.raises(UsageError, match=said):
+        evaluate(run, loader, compute_loss, metric)
+
+
+def test_metrics_need_labels(tmp_path):
+    samples = [{"input": torch.tensor([1.0])} for _ in range(2)]
+    with toy_run(arguments(tmp_path), model=torch.nn.Linear(1, 1), train_set=samples, eval_set=samples) as (run, _, loader), \
+            pytest.raises(UsageError, match="has none: it has input. Name their columns by --label_names"):
+        evaluate(run, loader, lambda model, batch: model(batch["input"]).sum(), accuracy)
+
+
+def test_a_label_outside_of_what_a_model_gives_is_told_without_a_traceback(tmp_path):
+    samples = [{"input": torch.tensor([1.0]), "labels": 7 * (i == 1)} for i in range(4)]
+    args = arguments(tmp_path, train_sampling_strategy="sequential")
+    with toy_run(args, model=torch.nn.Linear(1, 2), train_set=samples) as (run, *loaders), pytest.raises(UsageError, match="labels of sample 1 .* is 7, and .* 0..1"):
+        train(run, *loaders, logits_loss)
+
+
+def test_metrics_that_one_round_is_too_little_for_do_not_stop_a_run(tmp_path):
+    def auc(predictions, labels):
+        if len(labels) < 5:
+            raise ValueError("only one class")
+        return {"auc": 1.0}
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, metric_for_best_model="auc")
+    assert run_training(args, eval_set=sequences(5), compute_metrics=auc).state.best_metric == 1.0
+
+
+FULL = """
+import resource, signal, sys
+import numpy as np
+sys.path.insert(0, ".")
+from evalloop import predict
+from tests.toy import *
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with toy_run(arguments(sys.argv[1]), eval_set=sequences(200)) as (run, _, loader):
+    kept = predict(run, loader, lambda model, batch: batch["input_ids"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, -1))      # as a full disk does, it ends writing after some bytes
+    try:
+        predict(run, loader, lambda model, batch: batch["input_ids"] * 0)
+    except ValueError as error:
+        print(error.exit_code, error)
+print(np.load(sys.argv[1] + "/test_predictions.npy").any())
+"""
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_the_predictions_that_were_there(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("5 cannot write") and done.stdout.endswith("True\n"), done.stdout

@@ -3,8 +3,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from checkpoint import list_checkpoints, lock
+from data import Data
 from distributed import open_world
 from state import UsageError
 from tests.test_main import TINY
@@ -68,8 +70,11 @@ def test_the_best_checkpoint_is_used_if_asked_for(tmp_path, text):
     assert run.state.best_global_step == 2 and results(tmp_path)["eval_loss"] == best
     main([*flags, "--do_eval"])
     assert results(tmp_path)["eval_loss"] == best
-    main([*flags, "--do_train", "--do_eval", "--resume_from_checkpoint", "auto"])       # finished: it has the best weights too
-    assert results(tmp_path)["eval_loss"] == best
+    history = [row.keys() for row in rows(tmp_path)]
+    for again in range(1, 3):       # finished: it has the best weights too, and the evaluation is one more row
+        main([*flags, "--do_train", "--do_eval", "--resume_from_checkpoint", "auto"])
+        assert results(tmp_path)["eval_loss"] == best
+        assert [row.keys() for row in rows(tmp_path)] == [*history, *[history[-1]] * again]
 
 
 def test_predictions_for_the_test_set_are_in_a_file_in_order(tmp_path, text):
@@ -106,3 +111,22 @@ def test_schedule_free_weights_are_evaluated_as_in_training(tmp_path, text):
     assert results(tmp_path)["eval_loss"] == best
     run([*flags, "--do_eval"])
     assert results(tmp_path)["eval_loss"] == best
+
+
+def few(args) -> Data:
+    held_out = [{"input_ids": torch.tensor([i, i + 1])} for i in range(3)]
+    return Data([{**sample, "labels": torch.tensor([1, -100])} for sample in held_out], None, "few", {"a": held_out, "b": held_out[:1]})
+
+
+def test_predictions_need_no_labels_and_may_be_for_several_sets(tmp_path):
+    main([*TINY, "--output_dir", str(tmp_path), "--do_train", "--do_predict"], build_data=few)
+    assert results(tmp_path, "test").keys() == {f"test_{name}_{what}" for name in "ab" for what in ("runtime", "samples_per_second", "steps_per_second")}
+    assert np.load(tmp_path / "test_a_predictions.npy").shape == (3, 2) and not (tmp_path / "test_a_labels.npy").exists()
+    with pytest.raises(UsageError, match="needs held-out data"):
+        main([*TINY, "--output_dir", str(tmp_path), "--do_eval"], build_data=few)
+
+
+def test_results_go_into_a_new_folder_if_that_is_asked_for(tmp_path, text):
+    main([*TINY, *text, "--output_dir", str(tmp_path / "run")])
+    main([*TINY, *text, "--output_dir", str(tmp_path / "new"), "--do_eval", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")])
+    assert results(tmp_path / "new")["eval_loss"] > 0 and not (tmp_path / "new" / "metrics.jsonl").exists()

@@ -12,7 +12,7 @@ from collators import MaskedLMCollator, PaddingCollator, default_collator
 from data import Loader, build_data, keep_columns
 from loss import logits_loss
 from state import UsageError
-from tests.toy import arguments, flat, rows, run_training, sequences
+from tests.toy import arguments, flat, gpt, run_training, sequences
 
 TEXTS = [{"input_ids": torch.randint(5, 40, (6 + i % 7,), generator=torch.Generator().manual_seed(i))} for i in range(13)]
 MASKING = MaskedLMCollator(pad_id=0, mask_id=1, vocab_size=40, probability=0.3)
@@ -152,7 +152,7 @@ def test_a_stream_goes_on_with_the_next_sample_in_any_pass_and_one_that_can_seek
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_a_streamed_file_goes_on_exactly_where_it_was(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    words = [f"word {i * i} " * (1 + i % 5) for i in range(60)]
+    words = [f"word {i * i} " * (1 + i % 5) for i in range(25)]
     path = tmp_path / f"data.{kind}"
     path.write_text("".join(json.dumps({"text": w}) + "\n" for w in words) if kind == "jsonl" else "\n".join(words))
 
@@ -163,12 +163,11 @@ def test_a_streamed_file_goes_on_exactly_where_it_was(tmp_path, monkeypatch, kin
         torch.manual_seed(0)
         return flat(run_training(args, model=build_model(args), train_set=build_data(args).train)).tolist()
     whole = run("whole")
-    passes = [row["epoch"] for row in rows(tmp_path / "whole")]
-    assert passes[-1] > 0
-    for step in (1, 4, 7):
+    states = {step: json.loads((tmp_path / "whole" / f"checkpoint-{step}" / "state.json").read_text()) for step in range(1, 11)}
+    assert states[10]["state"]["epochs_done"] >= 1 and states[8]["state"]["samples_seen"] > 0
+    for step in (1, 4, 8):      # the last one in another pass
         assert run(f"from{step}", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}")) == whole
-    stored = json.loads((tmp_path / "whole" / "checkpoint-4" / "state.json").read_text())
-    assert stored["stream"]["rows"] and stored["state"]["samples_seen"] == 36
+    assert states[4]["stream"]["rows"]
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -179,6 +178,24 @@ def test_columns_that_the_model_does_not_take_are_left_out_and_named(capsys, tmp
     with pytest.raises(UsageError, match="no column of the data .id, text. is an argument of GPT.forward .input_ids, labels"):
         run_training(arguments(tmp_path / "b", max_steps=2), train_set=table.select_columns(["id", "text"]))
     assert keep_columns(sequences(2), torch.nn.Linear(1, 1), default_collator, None)[1] == ""      # not a table
+
+
+def test_columns_that_the_collator_uses_are_kept_for_it():
+    table = datasets.Dataset.from_dict({"input_ids": [[1, 10, 2]], "special_tokens_mask": [[1, 0, 1]], "text": ["t"]})
+    kept, note = keep_columns(table, gpt(), MASKING, None)
+    assert kept.column_names == ["input_ids", "special_tokens_mask"] and note.endswith("take them: text")
+
+
+def test_a_shuffled_stream_is_read_again_and_goes_on_exactly(tmp_path, capsys):
+    def run(name, **changes):
+        stream = datasets.Dataset.from_dict({"x": [[float(i)] for i in range(20)]}).to_iterable_dataset().shuffle(seed=1, buffer_size=8).with_format("torch")
+        torch.manual_seed(0)
+        args = arguments(tmp_path / name, max_steps=16, save_strategy="steps", save_steps=1, optim="sgd", learning_rate=1e-4, remove_unused_columns=False, **changes)
+        return flat(run_training(args, ones, model=torch.nn.Linear(1, 1), train_set=stream)).tolist()
+    whole = run("whole")
+    for step, again in ((3, 6), (13, 6)):       # the second pass is shuffled anew
+        assert run(f"from{step}", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}")) == whole
+        assert f"the stream is read again up to sample {again} of its pass" in capsys.readouterr().out
 
 
 def test_flags_of_workers_need_workers():

@@ -78,10 +78,10 @@ def run_training(args: TrainArgs, loss_fn=compute_loss, **parts):
     return train_and(args, lambda run: run, loss_fn, **parts)
 
 
-def train_and(args: TrainArgs, look, loss_fn=compute_loss, **parts):
+def train_and(args: TrainArgs, look, loss_fn=compute_loss, compute_metrics=None, **parts):
     """Trains a small run to its end; returns look(run), which every rank calls while the ranks are still together."""
     with toy_run(args, **parts) as (run, train_loader, eval_loader):
-        train(run, train_loader, eval_loader, loss_fn)
+        train(run, train_loader, eval_loader, loss_fn, compute_metrics)
         return look(run)
 
 
