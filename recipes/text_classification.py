@@ -19,9 +19,10 @@ from tools.corpora import Vocabulary, movie_reviews
 from tools.metrics import Accuracy
 from train import main
 
+METRIC = "eval_accuracy"
 FLAGS = """--output_dir runs/text_classification --max_steps 400 --per_device_train_batch_size 32 --per_device_eval_batch_size 128
  --learning_rate 1e-3 --warmup_steps 40 --weight_decay 0.05 --train_sampling_strategy group_by_length --logging_steps 50
- --eval_strategy steps --eval_steps 100 --save_steps 100 --save_total_limit 1 --metric_for_best_model accuracy --load_best_model_at_end --do_train --do_eval"""
+ --eval_strategy steps --eval_steps 200 --save_steps 200 --save_total_limit 1 --do_train --do_eval"""
 
 
 @cache
