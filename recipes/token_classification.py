@@ -1,7 +1,9 @@
-"""Which part of speech is each word? 4,400 Turkish sentences of a treebank, a BERT of two layers from scratch.
+"""Which part of speech is each word? 4,300 Turkish sentences of a treebank, a BERT of two layers from scratch.
 
     python -m recipes.token_classification
 
+Accuracy 0.922 on the words of 510 held-out sentences (3 seeds: 0.921 to 0.922); the most frequent part of speech of each word: 0.906.
+20 s on one core.
 Needs: pip install transformers, and the data: pip install --no-deps turkish-treebanks==1.0.0
 """
 from __future__ import annotations
@@ -42,8 +44,8 @@ def read() -> Corpus:
         for word, tag in zip(words, row):
             seen[word.lower()][tag] += 1
     tags = [tag for tag, _ in sum(seen.values(), Counter()).most_common()]
-    guesses = [(seen[word.lower()] or Counter(tags[:1])).most_common(1)[0][0] == tag for words, row in held_out for word, tag in zip(words, row)]
-
+    guesses = [(seen[word.lower()] or Counter(tags[:1])).most_common(1)[0][0] == tag
+               for words, row in held_out for word, tag in zip(words, row)]
     endings = Counter(ending for words, _ in train for word in words for ending in rare_as(word))
 
     def token(word: str) -> str:
@@ -51,9 +53,11 @@ def read() -> Corpus:
             return word.lower()
         return next((ending for ending in rare_as(word) if endings[ending] >= 20), "")
     vocabulary = Vocabulary((" ".join(map(token, words)) for words, _ in train), 8000, pattern=r"\S+")
-    samples = [[{"input_ids": [vocabulary.id(token(word)) for word in words], "labels": [tags.index(tag) for tag in row]} for words, row in part]
-               for part in (train, held_out)]
-    return Corpus(tags, vocabulary, *samples, sum(guesses) / len(guesses))
+
+    def samples(part: list) -> list[dict]:
+        return [{"input_ids": [vocabulary.id(token(word)) for word in words], "labels": [tags.index(tag) for tag in row]}
+                for words, row in part]
+    return Corpus(tags, vocabulary, samples(train), samples(held_out), sum(guesses) / len(guesses))
 
 
 def rare_as(word: str) -> list[str]:
@@ -78,7 +82,8 @@ def build_model(args: TrainArgs):
 
 
 def run(argv: list[str]):
-    return main(FLAGS.split() + argv, build_data, build_model, PaddingCollator(Vocabulary.PAD), logits_loss, TagAccuracy(), description=__doc__)
+    collate = PaddingCollator(Vocabulary.PAD)
+    return main(FLAGS.split() + argv, build_data, build_model, collate, logits_loss, TagAccuracy(), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Real labelled data that needs no hub: files inside of PyPI packages (requirements-data.txt), and the source code of Python itself.
 
-Every reader returns (train, held-out), two lists of rows, in the order of the source unless it says mixed. About one row in ten is held out, chosen by a hash of
-its content, so that it is the same row on every machine; rows that repeat a text are dropped. Packages are only read, never imported.
+Every reader returns (train, held-out), two lists of rows, in the order of the source unless it says mixed. About one row in ten is held
+out, chosen by a hash of its content, so that it is the same row on every machine; rows that repeat a text are dropped. Packages are only
+read, never imported.
 """
 from __future__ import annotations
 
