@@ -1,7 +1,8 @@
 """Real labelled data that needs no hub: files inside of PyPI packages (requirements-data.txt), and the source code of Python itself.
 
-Every reader returns (train, held-out), two lists of rows in the order of the source. About one row in ten is held out, chosen by a hash of
-its content, so that it is the same row on every machine; rows that repeat a text are dropped. Packages are only read, never imported.
+Every reader returns (train, held-out), two lists of rows, in the order of the source unless it says mixed. About one row in ten is held
+out, chosen by a hash of its content, so that it is the same row on every machine; rows that repeat a text are dropped. Packages are only
+read, never imported.
 """
 from __future__ import annotations
 
@@ -127,27 +128,29 @@ def bible(name: str) -> dict[int, str]:
 
 
 def sentence_pairs() -> tuple[list, list]:
-    """(King James verse, World English verse, 1 if they are the same verse else 0): each verse is there with its own rendering and with
-    that of the verse beside it, which tells of the same people and things; neither text alone says anything about the label."""
-    return tuple([row for i, (_, old, new) in enumerate(part) for other in neighbours(part, i, 1) for row in ((old, new, 1), (old, other, 0))]
-                 for part in verses())
+    """(King James verse, World English verse, 1 if they are the same verse else 0), mixed: each verse is there with its own rendering and
+    with that of another one; each text has as many pairs of either label, so that neither alone says anything about it."""
+    return tuple([row for i, (_, old, new) in enumerate(part) for row in ((old, new, 1), (old, part[i - 1][2], 0))]
+                 for part in map(mixed, verses()))
 
 
 def multiple_choice() -> tuple[list, list]:
-    """(King James verse, 4 World English verses of its chapter, index of the one that renders it); the others stand next to it."""
+    """(King James verse, 4 World English verses, index of the one that renders it), mixed; the other three are the answers of others."""
     def row(part: list, i: int) -> tuple[str, list[str], int]:
         key, old, new = part[i]
-        place = hashlib.sha256(str(key).encode()).digest()[0] % 4
-        others = neighbours(part, i, 3)
+        place = digest(key)[0] % 4
+        others = [part[i - before][2] for before in (1, 2, 3)]
         return old, [*others[:place], new, *others[place:]], place
-    return tuple([row(part, i) for i in range(len(part)) if len(neighbours(part, i, 3)) == 3] for part in verses())
+    return tuple([row(part, i) for i in range(len(part))] for part in map(mixed, verses()))
 
 
-def neighbours(part: list, i: int, count: int) -> list[str]:
-    """World English texts of the `count` verses after verse i in the same chapter, at its end of those before it."""
-    chapter = part[i][0] // 1000
-    near = [j for j in (*range(i + 1, i + 1 + count), *range(i - 1, i - 1 - count, -1)) if 0 <= j < len(part) and part[j][0] // 1000 == chapter]
-    return [part[j][2] for j in near[:count]]
+def mixed(part: list) -> list:
+    """Verses in a random order that is the same everywhere."""
+    return sorted(part, key=lambda verse: digest(verse[0]))
+
+
+def digest(key: int) -> bytes:
+    return hashlib.sha256(str(key).encode()).digest()
 
 
 # ---------------------------------------------------------------------------------------------------- Python's own source code
