@@ -437,8 +437,10 @@ def find_checkpoint(args, world: World) -> str | None:
             if args.trains:
                 write_status(output_dir, world, job=job)
             return path
-        if path == wanted and not restarted or not args.trains:     # an older one would have other results
-            raise UsageError(f"{path} cannot be used: {problem}", 3)
+        if path == wanted and not restarted:
+            raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
+        if not args.trains:     # an older one would have other results
+            raise UsageError(f"{path} cannot be evaluated: {problem}", 3)
         if world.is_main:
             print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
         damaged += [path] if is_damaged else []
@@ -901,6 +903,8 @@ def load_optimizer(run: Run, path: str, stored: dict) -> None:
     if stored["class"] != type(optimizer).__name__:
         raise UsageError(f"{path} holds the state of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
+    if not alike(stored["evaluates"], True):
+        raise ValueError(f"impossible values: evaluates={stored['evaluates']!r:.100}")
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     whole = whole_parameters(optimizer)
     known = {p for group in optimizer.param_groups if group.get("fused") or type(optimizer) in ELEMENTWISE for p in group["params"]}

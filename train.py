@@ -27,7 +27,7 @@ from state import Run, UsageError, run_main
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
          compute_metrics=None, predict_fn=None, preprocess_logits_for_metrics=None, callbacks=(), make_optimizer=build_optimizer,
-         train_step=train_step, description: str = "Train a model.") -> Run:
+         make_schedule=build_schedule, train_step=train_step, description: str = "Train a model.") -> Run:
     """Trains, evaluates and predicts as the flags in argv say. The other arguments are the parts that a task of one's own replaces: see the
     function of that name in data.py, model.py, ..., and `evaluate` for the ones of metrics."""
     args = parse_args(argv, description)                      # args.py        one flat dataclass
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
         if args.do_predict and data.test is data.eval is None:
             raise UsageError("--do_predict needs data to predict for: give --test_dataset or held-out data")
         model = build_on(world, lambda: build_model(args))    # model.py       <- your model
-        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, collate, callbacks, checkpoint, make_optimizer)
+        run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, collate, callbacks, checkpoint, make_optimizer,
+                                                  make_schedule)
         measures = {"compute_metrics": compute_metrics, "predict_fn": predict_fn, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
         if args.trains:
             print_summary(run, train_loader, eval_loader, data.about)
@@ -59,12 +60,14 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
 
 
 def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, eval_set=None, collate=default_collator,
-             callbacks=(), checkpoint: str | None = "find", make_optimizer=build_optimizer) -> tuple[Run, Loader | None, Loader | dict | None]:
+             callbacks=(), checkpoint: str | None = "find", make_optimizer=build_optimizer,
+             make_schedule=build_schedule) -> tuple[Run, Loader | None, Loader | dict | None]:
     """Puts a run together from any model and data sets, and resumes it if --resume_from_checkpoint says so.
 
     train_set, eval_set: map-style or iterable; eval_set may be a dict of several. collate: list of samples -> batch of tensors with
     num_items. callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said, None included, if it
-    has been asked. make_optimizer: (bare model, args) -> optimizer. Returns the run and the loaders for train, evaluate, predict.
+    has been asked. make_optimizer: (bare model, args) -> optimizer. make_schedule: (args, updates of the run) -> function of the finished
+    updates that gives the learning rate. Returns the run and the loaders for train, evaluate, predict.
     With --do_eval or --do_predict and no --do_train the run has the weights of a checkpoint, and train_set is not looked at."""
     check_args(args)
     if checkpoint == "find":
@@ -102,7 +105,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     if args.save_only_model and hasattr(optimizer, "eval"):
         raise UsageError(f"{type(optimizer).__name__} makes the weights to evaluate out of its state, which --save_only_model leaves out: leave it away")
     parallel.shard(optimizer)                                 # zero.py        from here on it trains this rank's parts
-    schedule = build_schedule(args, state.max_steps)          # schedules.py   <- your learning rate
+    schedule = make_schedule(args, state.max_steps)           # schedules.py   <- your learning rate
     run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*watching, *callbacks]),
               None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks

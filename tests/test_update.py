@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import Request
 from loop import train_step
 from loss import compute_loss
 from tests.toy import arguments, gpt, rows, run_training, sequences, toy_run, weights
@@ -78,8 +79,8 @@ def test_a_window_without_labels_does_not_step_and_is_counted(tmp_path):
     """Momentum and weight decay would move the weights if the optimizer were stepped with zero gradients."""
     args = arguments(tmp_path, max_steps=2, weight_decay=0.5)
     with toy_run(args, train_set=sequences(2) + no_labels(2)) as (run, loader, _):
-        empty = loader.batch(torch.tensor([2, 3]), num_samples=2, position=2)
-        train_step(run, [loader.batch(torch.tensor([0, 1]), num_samples=2, position=0)], compute_loss)
+        empty = loader.reader[Request(None, [2, 3], 2, 0)]
+        train_step(run, [loader.reader[Request(None, [0, 1], 2, 0)]], compute_loss)
         before, schedule_step = weights(run), run.state.global_step - run.state.skipped_steps
         assert train_step(run, [empty], compute_loss) is None
         assert all((weights(run)[n] == w).all() for n, w in before.items())

@@ -94,7 +94,7 @@ def test_weights_alone_will_do_but_not_damaged_or_missing_ones(tmp_path, text):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="checkpoint-4 cannot be used: model.safetensors") as error:
+    with pytest.raises(UsageError, match="checkpoint-4 cannot be evaluated: model.safetensors") as error:
         main([*TINY, *text, "--output_dir", str(tmp_path), "--do_eval"])
     assert error.value.exit_code == 3
     with pytest.raises(UsageError, match="there is none in .*or --do_train to train first"):
