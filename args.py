@@ -35,7 +35,7 @@ class TrainArgs:
     seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1, fixed=True)
     data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1, fixed=True)
     max_time: str | None = arg(None, "HH:MM:SS, counted once the ranks have met, before which the run saves and stops (exit code 75)")
-    do_train: bool = arg(False, "train; this is also what happens without do_eval and do_predict")
+    do_train: bool | None = arg(None, "train (default: unless do_eval or do_predict is given)")
     do_eval: bool = arg(False, "evaluate on the held-out data, at the end of training or without training a checkpoint of output_dir"
                         " (the best with load_best_model_at_end, else the newest) or the one of resume_from_checkpoint")
     do_predict: bool = arg(False, "the same, and write the predictions for --test_dataset or the held-out data to test_predictions.npy")
@@ -142,6 +142,8 @@ class TrainArgs:
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.resume_from_checkpoint is not None:
             self.resume_from_checkpoint = os.path.expanduser(str(self.resume_from_checkpoint))
+        if isinstance(self.label_names, (list, tuple)):
+            self.label_names = ",".join(self.label_names)
         if self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -149,7 +151,7 @@ class TrainArgs:
 
     @property
     def trains(self) -> bool:
-        return self.do_train or not (self.do_eval or self.do_predict)
+        return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
 
     @property
     def needs_held_out(self) -> bool:
@@ -171,7 +173,7 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "resume": "use --resume_from_checkpoint", "run_name": "a run is named by its --output_dir", "no_cuda": "use --use_cpu",
     "evaluation_strategy": "use --eval_strategy", "epochs": "use --num_train_epochs",
     "per_gpu_train_batch_size train_batch_size batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate",
-    "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "use --train_sampling_strategy",
+    "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "use --train_sampling_strategy group_by_length",
     "train_file data": "use --dataset", "validation_file": "use --eval_dataset", "test_file": "use --test_dataset", "warmup_ratio": "use --warmup_steps with a ratio below 1",
     "gradient_checkpointing": "use --activation_checkpointing", "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp, or hsdp",
     "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "parallelism_config": "parallelism is in distributed.py",
@@ -191,19 +193,27 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "eval_use_gather_object": "predictions are tensors", "dataloader_in_order": "batches are always in order",
     "predict_with_generate generation_max_length generation_num_beams": "give evaluate a predict_fn that generates, as recipes/translation.py does",
     "half_precision_backend fp16_backend": "PyTorch's own is used", "tpu_num_cores": "there is no TPU support",
+    "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo": "nothing here sends models away", "log_level log_level_replica log_on_each_node": "rank 0 prints",
+    "auto_find_batch_size": "halve --per_device_train_batch_size and double --gradient_accumulation_steps", "use_liger_kernel": "the built-in loss is chunked",
+    "debug": "a value that is not finite is always found", "skip_memory_metrics": "bench/memory.py measures memory",
     "use_mps_device jit_mode_eval past_index mp_parameters use_ipex torchdynamo ray_scope fp16_opt_level": "it has no successor",
 }.items() for flag in flags.split()}
 
 
-def parse_args(argv: list[str] | None = None, description: str = "Train a model.") -> TrainArgs:
-    """The command line as `TrainArgs`. Raises one `UsageError` with every problem of the line, ranges included."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]", description=description,
+def parse_args(argv: list[str] | None = None, flags: str = "", description: str = "Train a model.") -> TrainArgs:
+    """The command line as `TrainArgs`. Raises one `UsageError` with every problem of the line, ranges included. flags: come before it,
+    except that what is to be done, --do_train and the like, is taken from only one of them."""
+    argv = sys.argv[1:] if argv is None else argv
+    before = flags.split()
+    if any(word.startswith("--do_") for word in argv):
+        before = [word for word in before if not word.startswith("--do_")]
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]", description=description + f"\nIts flags:\n{flags}" * bool(flags),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(TrainArgs):
         parser.add_argument(f"--{f.name}", nargs="?", const=MISSING, default=argparse.SUPPRESS, metavar=type_name(HINTS[f.name]),
                             help=f.metadata["help"] + ("" if f.default is None else f" [{f.default}]"))
     glued: list[str] = []       # argparse takes a negative number for a flag; glued to its flag it cannot
-    for word in sys.argv[1:] if argv is None else argv:
+    for word in [*before, *argv]:
         if glued and glued[-1].startswith("--") and "=" not in glued[-1] and not word.startswith("--"):
             glued[-1] += "=" + word
         else:
@@ -309,7 +319,8 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
          f"n_embd={a.n_embd} must be a multiple of 2 * n_head = {2 * a.n_head}: rotary positions turn pairs in each head")
     need("streaming dataset", not a.streaming or a.dataset is not None, "--streaming needs --dataset: the default data is read whole")
     need("streaming max_steps", not a.streaming or a.max_steps > 0, "--streaming needs --max_steps: a stream has no length to count epochs by")
-    for name in ("eval_dataset", "test_dataset", "dataset_config_name"):
+    need("do_train do_eval do_predict", a.trains or a.do_eval or a.do_predict, "--do_train False leaves nothing to do: give --do_eval or --do_predict")
+    for name in ("eval_dataset", "dataset_config_name"):
         need(f"{name} dataset", getattr(a, name) is None or a.dataset is not None, f"--{name} needs --dataset: the default data brings its own")
     for name in ("output_dir", "text_column"):
         need(name, getattr(a, name).strip() != "", f"{name} is empty: give a name")

@@ -121,7 +121,8 @@ class Callbacks:
                         state.log_bytes = length
                     file.seek(state.log_bytes)
                     later = [json.loads(line) for line in file if line.endswith(b"\n")]
-                    finished = state.global_step >= state.max_steps and any("train_loss" in row for row in later)
+                    stopped = any(getattr(callback, "has_stopped", False) for callback in self.callbacks)
+                    finished = (stopped or state.global_step >= state.max_steps) and any("train_loss" in row for row in later)
                     if finished:
                         state.log_bytes = length        # later evaluations go behind its rows
                     else:
@@ -163,10 +164,14 @@ class EarlyStoppingCallback(Callback):
         self.early_stopping_patience, self.early_stopping_threshold = early_stopping_patience, early_stopping_threshold
         self.early_stopping_patience_counter = 0
 
+    @property
+    def has_stopped(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
     def on_train_begin(self, args, state, control, **kwargs):
         if args.best_key is None or args.eval_strategy == "no":
             raise UsageError("early stopping needs evaluations to compare: give --eval_strategy steps or epoch, and --metric_for_best_model")
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience      # it had stopped
+        control.should_training_stop |= self.has_stopped        # before it was started again
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         value, best = metrics.get(args.best_key), state.best_metric
@@ -174,7 +179,7 @@ class EarlyStoppingCallback(Callback):
             return
         better = improves(args, value, best) and (best is None or abs(value - best) > self.early_stopping_threshold)
         self.early_stopping_patience_counter = 0 if better else self.early_stopping_patience_counter + 1
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        control.should_training_stop |= self.has_stopped
 
     def state(self) -> dict:
         return {"args": {"early_stopping_patience": self.early_stopping_patience, "early_stopping_threshold": self.early_stopping_threshold},

@@ -585,6 +585,8 @@ def read_manifest(path: str) -> dict:
     with reading(path, "manifest.json"):
         if not os.path.isdir(path):
             raise UsageError(f"{path}: no such folder", 3)
+        if steps := list_checkpoints(path):
+            raise UsageError(f"{path}: it is the folder of a run: give a checkpoint in it, such as checkpoint-{steps[0]}", 3)
         manifest = read_json(path, "manifest.json")
         if manifest["sha256"] != checksum(manifest):
             raise ValueError("it is not what was saved: its own checksum is another")
@@ -791,6 +793,10 @@ def load_for_evaluation(run: Run, path: str) -> None:
             load_optimizer(run, path, stored)
     if run.world.is_main:
         print(f"weights of {path}")
+        with reading(path, "args.json"):
+            for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
+                if name in ("dataset", "dataset_config_name", "eval_dataset", "text_column", "block_size"):
+                    print(f"note: it was trained with --{name} {show(old)}, and this is {new}: other data, and other blocks of it held out")
 
 
 def copy_history(source: str, run: Run) -> None:

@@ -405,8 +405,8 @@ def keep_columns(dataset, model: torch.nn.Module, collate, label_names: str | No
     """A data set of the package datasets without the columns that neither model.forward takes nor the collator, by its attribute
     `columns`, uses (--remove_unused_columns), and a note of them. Raises UsageError if nothing is left for the model. Other data sets are left as they are."""
     columns = getattr(dataset, "column_names", None)
-    parameters = inspect.signature(model.forward).parameters
-    if not isinstance(columns, list) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    parameters = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if not isinstance(columns, list) or not parameters:
         return dataset, ""
     labels = {"labels", "label", "label_ids", *(name.strip() for name in (label_names or "").split(","))}
     kept = [name for name in columns if name in parameters or name in labels or name in getattr(collate, "columns", ())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import inspect
 import json
 import math
 import os
@@ -106,6 +107,7 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
             prefix: str, files: PredictionFiles | None = None, trial: bool = False) -> dict[str, float]:
     """The loop of both. files: for predictions, of which then those without labels have neither loss nor metrics."""
     start, world, predicts = time.perf_counter(), run.world, files is not None
+    check_metrics(compute_metrics)
     streams = hasattr(compute_metrics, "update")
     if compute_metrics is not None and not streams and files is None:      # a function gets all of them at once
         files = PredictionFiles(world, os.path.join(run.args.output_dir, f"tmp-{prefix}"))
@@ -163,11 +165,27 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
                 return {}       # one round may be too little for it
             if not isinstance(found, Mapping):
                 raise UsageError(f"compute_metrics gave a {type(found).__name__}; expected a dict of names and numbers")
-            metrics |= {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value.item() if hasattr(value, "item") else value
-                        for key, value in found.items()}
+            for key, value in found.items():
+                if not isinstance(value, (int, float)) and getattr(value, "shape", None) != ():
+                    raise UsageError(f"compute_metrics gave {value!r:.80} as {key}; expected a number")
+                metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = value.item() if hasattr(value, "item") else value
     seconds = time.perf_counter() - start
     metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds, f"{prefix}_steps_per_second": num_batches / seconds}
     return world.gather_json(metrics)[0]        # what a rank has drawn or timed must not make it decide alone
+
+
+def check_metrics(compute_metrics: Metrics) -> None:
+    """That it can be called as here: transformers gives one EvalPrediction instead."""
+    wanted = "expected a function of (predictions, labels), or an object with reset(), update(predictions, labels) and compute()"
+    if isinstance(compute_metrics, type):
+        raise UsageError(f"compute_metrics is the class {compute_metrics.__name__}, not an object of it: add (); {wanted}")
+    try:
+        if hasattr(compute_metrics, "update"):
+            _ = compute_metrics.reset, compute_metrics.compute
+        elif compute_metrics is not None:
+            inspect.signature(compute_metrics).bind(None, None)
+    except (AttributeError, TypeError) as error:
+        raise UsageError(f"compute_metrics: {error}; {wanted}") from None
 
 
 def label_names(args, batch: Batch) -> list[str]:

@@ -93,7 +93,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         load_best(run)
         return next(row for row in reversed(state.log_history) if "train_loss" in row)
     if args.eval_strategy != "no":
-        check_metric(run, eval_loader, evaluation)
+        check_metric(run, eval_loader, evaluation, compute_metrics)
     run.model.train()
     if hasattr(run.optimizer, "train"):     # schedule-free optimizers evaluate other weights than they train
         run.optimizer.train()
@@ -177,12 +177,13 @@ def watched_key(run: Run) -> str | None:
     return run.args.best_key or ("eval_loss" if isinstance(run.schedule, Plateau) else None)
 
 
-def check_metric(run: Run, eval_loader, evaluation: Callable[..., dict]) -> None:
-    """A metric that does not exist is told before training, by evaluating one round of micro-batches; unless it is plainly there, or a
-    data set can be read only once, or one round is too little for the metric."""
+def check_metric(run: Run, eval_loader, evaluation: Callable[..., dict], compute_metrics) -> None:
+    """A metric that does not exist, or does not work, is told before training, by evaluating one round of micro-batches; unless a data
+    set can be read only once, or one round is too little for the metric."""
     several = isinstance(eval_loader, dict)
     once = any(isinstance(loader.dataset, Iterator) for loader in (eval_loader.values() if several else [eval_loader]))
-    if watched_key(run) is not None and (several or watched_key(run) != "eval_loss") and not once and (metrics := evaluation(trial=True)):
+    asked = compute_metrics is not None or watched_key(run) is not None and (several or watched_key(run) != "eval_loss")
+    if asked and not once and (metrics := evaluation(trial=True)) and watched_key(run) is not None:
         find_metric(run, metrics)
 
 

@@ -14,11 +14,13 @@ from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressC
 from checkpoint import find_checkpoint, load_checkpoint, load_for_evaluation, load_state, reading
 from collators import default_collator
 from data import Loader, build_data, keep_columns
+from data import build_data as data_of_flags
 from distributed import World, build_on, open_world, parallelize, set_seed
 from evalloop import evaluate, likeliest, predict, save_results
 from loop import plan, train, train_step, windows
 from loss import compute_loss
 from model import GPT, build_model
+from model import build_model as model_of_flags
 from optim import EMA, build_optimizer
 from precision import Precision
 from schedules import build_schedule, notice
@@ -27,10 +29,11 @@ from state import Run, UsageError, run_main
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
          compute_metrics=None, predict_fn=None, preprocess_logits_for_metrics=None, callbacks=(), make_optimizer=build_optimizer,
-         make_schedule=build_schedule, train_step=train_step, description: str = "Train a model.") -> Run:
+         make_schedule=build_schedule, train_step=train_step, flags: str = "", description: str = "Train a model.") -> Run:
     """Trains, evaluates and predicts as the flags in argv say. The other arguments are the parts that a task of one's own replaces: see the
-    function of that name in data.py, model.py, ..., and `evaluate` for the ones of metrics."""
-    args = parse_args(argv, description)                      # args.py        one flat dataclass
+    function of that name in data.py, model.py, ..., `evaluate` for the ones of metrics, and `parse_args` for flags and description."""
+    args = parse_args(argv, flags, description)               # args.py        one flat dataclass
+    refuse_flags(args, build_data is data_of_flags, build_model is model_of_flags)
     with open_world(args) as world:                           # distributed.py one process is not a special case
         checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
@@ -44,8 +47,11 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
         if args.trains:
             print_summary(run, train_loader, eval_loader, data.about)
             metrics = train(run, train_loader, eval_loader, loss_fn, **measures, train_step=train_step)     # loop.py, loss.py <- your loss
-            save_results(run, "train", metrics)
+            if not run.state.finished:
+                save_results(run, "train", metrics)
             print_end(run)
+        else:
+            print0(world, f"data: {data.about}")
         if args.do_eval:
             save_results(run, "eval", evaluate(run, eval_loader, loss_fn, **measures))      # evalloop.py
         if args.do_predict:
@@ -54,7 +60,8 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
             for name, loader in (test_loader if isinstance(test_loader, dict) else {"": test_loader}).items():
                 prefix = f"test_{name}" if name else "test"
                 metrics |= predict(run, loader, loss_fn=loss_fn, **measures, prefix=prefix).metrics
-                print0(world, f"predictions are in {args.output_dir}/{prefix}_predictions.npy")
+                print0(world, f"predictions are in {args.output_dir}/{prefix}_predictions.npy, labels in {prefix}_labels.npy if there are any")
+            print0(world, "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             save_results(run, "test", metrics)
     return run
 
@@ -137,6 +144,15 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
                   pin_memory=args.dataloader_pin_memory and world.device.type == "cuda")
 
 
+def refuse_flags(args: TrainArgs, own_data: bool, own_model: bool) -> None:
+    """A flag that the parts of a task do not look at is an error, and not ignored."""
+    default = TrainArgs()
+    for names, used, what in ((("dataset", "dataset_config_name", "eval_dataset", "test_dataset", "text_column", "streaming"), own_data, "data"),
+                              (("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"), own_model, "model")):
+        if given := [f"--{name}" for name in names if not used and getattr(args, name) != getattr(default, name)]:
+            raise UsageError(f"{', '.join(given)}: this task has its own {what}, which {'they do' if len(given) > 1 else 'it does'} not change")
+
+
 def print0(world: World, text: str) -> None:
     if world.is_main:
         print(text, flush=True)
@@ -164,6 +180,9 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
 
 def print_end(run: Run) -> None:
     folder, step = run.args.output_dir, run.state.global_step
+    if step < run.state.max_steps:
+        print0(run.world, f"stopped early, after update {step} of {run.state.max_steps}, as a callback asked for it"
+                          f"{' (--early_stopping_patience)' * (run.args.early_stopping_patience is not None)}")
     if run.state.finished:
         print0(run.world, f"{folder} is finished: {step} updates are done, and {run.state.max_steps} were asked for. "
                           f"To go on, raise --max_steps or --num_train_epochs; to start another run, give a new --output_dir.")

@@ -69,8 +69,7 @@ def distillation_loss(teacher: nn.Module, model: nn.Module, batch: dict) -> tupl
 
 
 def run(argv: list[str]):
-    flags = FLAGS.split() + argv
-    folder = parse_args(flags, __doc__).output_dir
+    folder = parse_args(argv, FLAGS, __doc__).output_dir
 
     def accuracy(run) -> float:
         return next(row["eval_accuracy"] for row in reversed(run.state.log_history) if "eval_accuracy" in row)
@@ -78,11 +77,11 @@ def run(argv: list[str]):
     class AccuracyBesideAlone(Accuracy):
         def compute(self) -> dict[str, float]:
             return {"accuracy": super().compute()["accuracy"], "baseline": accuracy(alone), "teacher_accuracy": accuracy(taught)}
-    train = partial(main, preprocess_logits_for_metrics=likeliest)
-    taught = train([*flags, "--output_dir", f"{folder}/teacher"], build_all, build_teacher, loss_fn=logits_loss, compute_metrics=Accuracy())
-    alone = train([*flags, "--output_dir", f"{folder}/alone"], build_some, build_student, loss_fn=logits_loss, compute_metrics=Accuracy())
+    train = partial(main, preprocess_logits_for_metrics=likeliest, flags=FLAGS)
+    taught = train([*argv, "--output_dir", f"{folder}/teacher"], build_all, build_teacher, loss_fn=logits_loss, compute_metrics=Accuracy())
+    alone = train([*argv, "--output_dir", f"{folder}/alone"], build_some, build_student, loss_fn=logits_loss, compute_metrics=Accuracy())
     teacher = taught.model.eval().requires_grad_(False)
-    return train(flags, build_some, build_student, loss_fn=partial(distillation_loss, teacher), compute_metrics=AccuracyBesideAlone())
+    return train(argv, build_some, build_student, loss_fn=partial(distillation_loss, teacher), compute_metrics=AccuracyBesideAlone())
 
 
 if __name__ == "__main__":

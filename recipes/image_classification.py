@@ -37,8 +37,8 @@ def build_model(args: TrainArgs):
 
 
 def run(argv: list[str]):
-    return main(FLAGS.split() + argv, build_data, build_model, loss_fn=logits_loss, compute_metrics=Accuracy(),
-                preprocess_logits_for_metrics=likeliest, description=__doc__)
+    return main(argv, build_data, build_model, loss_fn=logits_loss, compute_metrics=Accuracy(),
+                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def build_model(args: TrainArgs):
 
 def run(argv: list[str]):
     collate = MaskedLMCollator(Vocabulary.PAD, Vocabulary.MASK, VOCAB_SIZE, special_ids=Vocabulary.SPECIAL)
-    return main(FLAGS.split() + argv, build_data, build_model, collate, logits_loss, MaskedWords(),
-                preprocess_logits_for_metrics=likeliest, description=__doc__)
+    return main(argv, build_data, build_model, collate, logits_loss, MaskedWords(),
+                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

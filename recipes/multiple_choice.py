@@ -57,8 +57,8 @@ def build_model(args: TrainArgs):
 
 def run(argv: list[str]):
     collate = MultipleChoiceCollator(Vocabulary.PAD)
-    return main(FLAGS.split() + argv, build_data, build_model, collate, logits_loss, Accuracy(),
-                preprocess_logits_for_metrics=likeliest, description=__doc__)
+    return main(argv, build_data, build_model, collate, logits_loss, Accuracy(),
+                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def build_data(args: TrainArgs) -> Data:
 
 
 def run(argv: list[str]):
-    return main(FLAGS.split() + argv, build_data, build_model, loss_fn=logits_loss, compute_metrics=Accuracy(),
+    return main(argv, build_data, build_model, loss_fn=logits_loss, compute_metrics=Accuracy(),
                 preprocess_logits_for_metrics=likeliest, make_optimizer=Momentum,
-                make_schedule=triangle, train_step=sharpness_aware_step, description=__doc__)
+                make_schedule=triangle, train_step=sharpness_aware_step, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How is an English word spoken? Letters to phonemes on the 126,000 words of the CMU Pronouncing Dictionary, a BART from scratch.
 
     python -m recipes.phonemes
-    python -m recipes.phonemes --do_train False --do_predict        writes what the trained model says to test_predictions.npy
+    python -m recipes.phonemes --do_predict        writes what the trained model says to test_predictions.npy
 
 While training, evaluations write greedily; the last one, and predictions, search with beams.
 
@@ -98,9 +98,9 @@ def baseline() -> float:
 
 def run(argv: list[str]):
     collate = Seq2SeqCollator(Vocabulary.PAD, decoder_start_id=Vocabulary.START)
-    return main(FLAGS.split() + argv, build_data, build_model, collate, logits_loss,
+    return main(argv, build_data, build_model, collate, logits_loss,
                 Phonemes(end=Vocabulary.END, skip=Vocabulary.SPECIAL), speak, preprocess_logits_for_metrics=None,
-                callbacks=[GreedyWhileTraining()], description=__doc__)
+                callbacks=[GreedyWhileTraining()], flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,9 @@ import math
 import os
 import sys
 
-import data
-from args import TrainArgs
-from data import Data
+from args import TrainArgs, parse_args
 from evalloop import likeliest
 from loss import logits_loss
-from model import build_model
 from state import run_main
 from tools.corpora import movie_reviews
 from tools.metrics import Accuracy
@@ -34,17 +31,15 @@ FLAGS = f"""--output_dir runs/pretraining --streaming {" ".join(f"{flag} {file}"
 METRIC, LESS_IS_BETTER = "eval_loss", True
 
 
-def build_data(args: TrainArgs) -> Data:
-    """A line of a file is a document, {"text": ...}; the files are written if they are not there. 60 reviews are held out."""
-    if args.dataset == FILES["--dataset"] and not os.path.exists(args.dataset):
-        train, held_out = movie_reviews("imdb")
-        os.makedirs(os.path.dirname(args.dataset), exist_ok=True)
-        for path, reviews in ((args.eval_dataset, held_out[::len(held_out) // 60][:60]), (args.dataset, train)):
-            mine = f"{path}.{os.getpid()}"       # of several ranks each writes the same
-            with open(mine, "w") as file:
-                file.writelines(json.dumps({"text": text}) + "\n" for text, _ in reviews)
-            os.replace(mine, path)
-    return data.build_data(args)
+def write_files(args: TrainArgs) -> None:
+    """A line of a file is a document, {"text": ...}; 60 reviews are held out."""
+    train, held_out = movie_reviews("imdb")
+    os.makedirs(os.path.dirname(args.dataset), exist_ok=True)
+    for path, reviews in ((args.eval_dataset, held_out[::len(held_out) // 60][:60]), (args.dataset, train)):
+        mine = f"{path}.{os.getpid()}"       # of several ranks each writes the same
+        with open(mine, "w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text, _ in reviews)
+        os.replace(mine, path)
 
 
 class Bytes(Accuracy):
@@ -57,8 +52,10 @@ class Bytes(Accuracy):
 
 
 def run(argv: list[str]):
-    return main(FLAGS.split() + argv, build_data, build_model, loss_fn=logits_loss, compute_metrics=Bytes(),
-                preprocess_logits_for_metrics=likeliest, description=__doc__)
+    args = parse_args(argv, FLAGS, __doc__)
+    if args.dataset == FILES["--dataset"] and not os.path.exists(args.dataset):
+        write_files(args)
+    return main(argv, loss_fn=logits_loss, compute_metrics=Bytes(), preprocess_logits_for_metrics=likeliest, flags=FLAGS)
 
 
 if __name__ == "__main__":

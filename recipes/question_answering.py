@@ -89,8 +89,8 @@ class SpanMatchBesideFirst(SpanMatch):
 
 
 def run(argv: list[str]):
-    return main(FLAGS.split() + argv, build_data, build_model, PaddingCollator(Vocabulary.PAD), span_loss, SpanMatchBesideFirst(),
-                preprocess_logits_for_metrics=best_span, description=__doc__)
+    return main(argv, build_data, build_model, PaddingCollator(Vocabulary.PAD), span_loss, SpanMatchBesideFirst(),
+                preprocess_logits_for_metrics=best_span, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ class Dollars(Regression):
 
 
 def run(argv: list[str]):
-    return main(FLAGS.split() + argv, build_data, build_model, loss_fn=squared_error, compute_metrics=Dollars(),
-                description=__doc__)
+    return main(argv, build_data, build_model, loss_fn=squared_error, compute_metrics=Dollars(),
+                flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

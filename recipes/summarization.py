@@ -87,8 +87,8 @@ def baseline() -> float:
 
 def run(argv: list[str]):
     collate = Seq2SeqCollator(Vocabulary.PAD, decoder_start_id=Vocabulary.START)
-    return main(FLAGS.split() + argv, build_data, build_model, collate, logits_loss,
-                RougeBesideTemplate(**SPECIAL), summarize, description=__doc__)
+    return main(argv, build_data, build_model, collate, logits_loss,
+                RougeBesideTemplate(**SPECIAL), summarize, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The King James Version of 1611 into the World English of 2000: 6,800 verses of at most 20 words, a BART that can copy, from scratch.
 
     python -m recipes.translation
-    python -m recipes.translation --do_train False --do_predict     writes what the trained model says to test_predictions.npy
+    python -m recipes.translation --do_predict     writes what the trained model says to test_predictions.npy
 
 BLEU 57.5 on 300 held-out verses (3 seeds: 57.3 to 57.8; the old verse unchanged: 48.1; each word replaced by the one that is most often at
 its place in verses of equal length: 54.3), 52 s on one thread of 2 cores.
@@ -75,8 +75,8 @@ class BleuBesideCopying(Bleu):
 
 def run(argv: list[str]):
     collate = Seq2SeqCollator(Vocabulary.PAD, decoder_start_id=Vocabulary.START)
-    return main(FLAGS.split() + argv, build_data, build_model, collate, logits_loss,
-                BleuBesideCopying(**SPECIAL), translate, description=__doc__)
+    return main(argv, build_data, build_model, collate, logits_loss,
+                BleuBesideCopying(**SPECIAL), translate, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def test_without_flags_the_defaults_are_those_of_the_hf_trainer():
             different.add(name)
     # theirs None means trainer_output, and no activation checkpointing; theirs False is worked out from the terminal here
     assert different <= {"output_dir", "disable_tqdm", "activation_checkpointing",
-                         "ddp_bucket_cap_mb", "ddp_find_unused_parameters"}     # None there: what PyTorch does by default
+                         "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+                         "do_train"}     # None there: what PyTorch does by default
 
 
 def test_values_are_read_by_type():

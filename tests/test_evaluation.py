@@ -294,8 +294,8 @@ def test_a_loss_that_returns_its_predictions_spares_a_second_forward(tmp_path):
     model.register_forward_hook(lambda *_: calls.append(1))
     samples = [{"input": s["input_ids"].float(), "labels": i} for i, s in enumerate(sequences(4))]
     with toy_run(args, model=model, train_set=samples, eval_set=samples) as (run, *loaders):
-        metrics = evaluate(run, loaders[1], logits_loss, lambda predictions, labels: {"shape": list(predictions.shape)})
-    assert len(calls) == 2 and metrics["eval_shape"] == [4, 17]
+        metrics = evaluate(run, loaders[1], logits_loss, lambda predictions, labels: {"size": predictions.numel()})
+    assert len(calls) == 2 and metrics["eval_size"] == 4 * 17
 
 
 def test_results_of_each_split_are_in_a_file_and_all_in_one(tmp_path):

@@ -17,7 +17,7 @@ READERS = {"text_classification": "movie_reviews", "token_classification": "tree
            "sentence_pairs": "sentence_pairs", "multiple_choice": "multiple_choice",
            "regression": "diamonds", "image_classification": "digits", "masked_lm": "verses"}
 SHORT = ["--max_steps", "32", "--logging_steps", "8", "--eval_strategy", "no", "--save_strategy", "no",
-         "--warmup_steps", "4", "--do_predict", "--disable_tqdm"]
+         "--warmup_steps", "4", "--do_train", "--do_eval", "--do_predict", "--disable_tqdm"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -48,7 +48,7 @@ def run(recipe, *argv: str):
 
 @pytest.mark.parametrize("recipe", NAMES, indirect=True)
 def test_a_recipe_learns_and_writes_its_metric_beside_its_baseline(recipe, tmp_path):
-    run(recipe, "--save_strategy", "no", "--do_predict")
+    run(recipe, "--save_strategy", "no", "--do_train", "--do_eval", "--do_predict")
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert losses[-1] < 0.9 * losses[0]
     results = json.loads((tmp_path / "run/eval_results.json").read_text())
