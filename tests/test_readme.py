@@ -18,7 +18,7 @@ PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)                       
 SPANS = re.findall(r"`([^`\n]+)`", PROSE)
 CODE = [line.partition("#")[0] for line in BLOCKS] + SPANS
 
-TORCHRUN = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "signals-to-handle", "shutdown-timeout"}
+TORCHRUN = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "signals-to-handle", "shutdown-timeout", "no-deps"}
 SLURM = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signal"}
 WRITTEN_BY_A_RUN = {"metrics.jsonl", "model.safetensors", "optimizer-R.safetensors", "ema-R.safetensors", "rng-R.json", "state.json",
                     "args.json", "manifest.json", "status.json", "train_results.json", "eval_results.json", "test_results.json", "all_results.json"}
