@@ -182,11 +182,12 @@ def print_end(run: Run) -> None:
     folder, step = run.args.output_dir, run.state.global_step
     if step < run.state.max_steps:
         print0(run.world, f"stopped early, after update {step} of {run.state.max_steps}, as a callback asked for it"
-                          f"{' (--early_stopping_patience)' * (run.args.early_stopping_patience is not None)}")
-    if run.state.finished:
+                          f"{' (to go on, raise --early_stopping_patience)' * (run.args.early_stopping_patience is not None)}")
+    elif run.state.finished:
         print0(run.world, f"{folder} is finished: {step} updates are done, and {run.state.max_steps} were asked for. "
                           f"To go on, raise --max_steps or --num_train_epochs; to start another run, give a new --output_dir.")
-    elif run.args.save_strategy == "no":
+        return
+    if run.args.save_strategy == "no":
         print0(run.world, f"saved in {folder}: metrics.jsonl")
     else:
         best = f", best: {run.state.best_model_checkpoint}" if run.state.best_model_checkpoint else ""

@@ -142,3 +142,19 @@ def test_no_flag_is_a_prefix_of_two_of_torchruns():
     assert isinstance(get_args_parser(), argparse.ArgumentParser)
     for name in TrainArgs().to_dict():
         assert sum(option.startswith(f"--{name}") for option in theirs) == 0, name
+
+
+def test_flags_of_a_task_come_before_the_users_and_what_is_to_be_done_is_only_one_of_them():
+    args = parse_args(["--max_steps", "7"], "--max_steps 5 --seed 3 --do_train --do_eval")
+    assert (args.max_steps, args.seed, args.trains, args.do_eval) == (7, 3, True, True)
+    args = parse_args(["--do_predict"], "--max_steps 5 --do_train --do_eval")
+    assert (args.max_steps, args.trains, args.do_eval, args.do_predict) == (5, False, False, True)
+    assert "leaves nothing to do" in problems("--do_train", "False")
+
+
+def test_flags_that_a_task_does_not_look_at_are_refused(tmp_path):
+    from train import main
+    for flags, said in ((["--n_layer", "3", "--dropout", "0.1"], "--n_layer, --dropout: this task has its own model"), (["--dataset", "x.txt"], "--dataset: this task has its own data")):
+        with pytest.raises(UsageError, match=said):
+            main([*flags, "--output_dir", str(tmp_path)], build_data=lambda args: None, build_model=lambda args: None)
+    assert not list(tmp_path.iterdir())

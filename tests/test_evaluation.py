@@ -351,8 +351,11 @@ def test_predictions_that_change_their_type_or_that_some_batches_lack_are_refuse
     assert not list(tmp_path.glob("test_*"))
 
 
-@pytest.mark.parametrize("metric, said", [(lambda predictions, labels: 0.5, "gave a float; expected a dict"), (lambda predictions, labels: None, "gave a NoneType")])
-def test_a_metric_that_gives_no_dict_is_told(tmp_path, metric, said):
+@pytest.mark.parametrize("metric, said", [
+    (lambda predictions, labels: 0.5, "gave a float; expected a dict"), (lambda predictions, labels: None, "gave a NoneType"),
+    (lambda predictions, labels: {"all": [1, 2]}, r"gave \[1, 2\] as all; expected a number"), (lambda evaluation: {}, "expected a function of .predictions, labels."),
+    (Streaming, "is the class Streaming, not an object of it"), (type("Half", (), {"update": None})(), "no attribute 'reset'")])
+def test_a_metric_that_is_not_one_is_told(tmp_path, metric, said):
     with toy_run(arguments(tmp_path), eval_set=sequences(3)) as (run, _, loader), pytest.raises(UsageError, match=said):
         evaluate(run, loader, compute_loss, metric)
 

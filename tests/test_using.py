@@ -130,3 +130,24 @@ def test_results_go_into_a_new_folder_if_that_is_asked_for(tmp_path, text):
     main([*TINY, *text, "--output_dir", str(tmp_path / "run")])
     main([*TINY, *text, "--output_dir", str(tmp_path / "new"), "--do_eval", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")])
     assert results(tmp_path / "new")["eval_loss"] > 0 and not (tmp_path / "new" / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_evaluated_on_other_data_than_it_was_trained_with_says_so(tmp_path, text, capsys):
+    main([*TINY, *text, "--output_dir", str(tmp_path)])
+    capsys.readouterr()
+    main([*TINY, "--output_dir", str(tmp_path), "--do_eval", "--dataset", text[3], "--test_dataset", text[3]])
+    out = capsys.readouterr().out
+    assert f"note: it was trained with --dataset {text[1]}, and this is {text[3]}" in out and f"data: {text[3]}" in out
+
+
+def test_a_run_that_was_stopped_early_is_finished_until_its_patience_is_raised(tmp_path, text, capsys):
+    flags = [*TRAIN, *text, "--output_dir", str(tmp_path), "--greater_is_better", "True", "--resume_from_checkpoint", "auto", "--max_steps", "8"]
+    main([*flags, "--early_stopping_patience", "1"])
+    history = rows(tmp_path)
+    assert history[-1]["step"] == 4 and "stopped early, after update 4 of 8" in capsys.readouterr().out
+    before = (tmp_path / "train_results.json").read_bytes()
+    main([*flags, "--early_stopping_patience", "1"])
+    assert rows(tmp_path) == history and (tmp_path / "train_results.json").read_bytes() == before
+    assert "to go on, raise --early_stopping_patience" in capsys.readouterr().out
+    main([*flags, "--early_stopping_patience", "3"])
+    assert rows(tmp_path)[-1]["step"] == 8

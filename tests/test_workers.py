@@ -180,6 +180,14 @@ def test_columns_that_the_model_does_not_take_are_left_out_and_named(capsys, tmp
     assert keep_columns(sequences(2), torch.nn.Linear(1, 1), default_collator, None)[1] == ""      # not a table
 
 
+def test_columns_are_left_out_for_models_of_transformers_too():
+    from transformers import BertConfig, BertForSequenceClassification
+    model = BertForSequenceClassification(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    table = datasets.Dataset.from_dict({"id": ["a"], "text": ["t"], "input_ids": [[1, 2]], "label": [0]})
+    kept, note = keep_columns(table, model, PaddingCollator(0), None)       # forward(..., **kwargs)
+    assert kept.column_names == ["input_ids", "label"] and note.endswith("id, text")
+
+
 def test_columns_that_the_collator_uses_are_kept_for_it():
     table = datasets.Dataset.from_dict({"input_ids": [[1, 10, 2]], "special_tokens_mask": [[1, 0, 1]], "text": ["t"]})
     kept, note = keep_columns(table, gpt(), MASKING, None)
