@@ -16,7 +16,7 @@ train: $(VENV)/train.done
 	$(RUN) -m tools.generate runs/default --length 300
 
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1 $(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 chaos: $(VENV)/test.done
 	$(RUN) -m tools.chaos
