@@ -163,15 +163,21 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
                 if not trial or isinstance(error, UsageError):
                     raise
                 return {}       # one round may be too little for it
-            if not isinstance(found, Mapping):
-                raise UsageError(f"compute_metrics gave a {type(found).__name__}; expected a dict of names and numbers")
-            for key, value in found.items():
-                if not isinstance(value, (int, float)) and getattr(value, "shape", None) != ():
-                    raise UsageError(f"compute_metrics gave {value!r:.80} as {key}; expected a number")
-                metrics[key if key.startswith(f"{prefix}_") else f"{prefix}_{key}"] = value.item() if hasattr(value, "item") else value
+            metrics |= named_numbers(found, prefix)
     seconds = time.perf_counter() - start
     metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds, f"{prefix}_steps_per_second": num_batches / seconds}
     return world.gather_json(metrics)[0]        # what a rank has drawn or timed must not make it decide alone
+
+
+def named_numbers(found, prefix: str) -> dict[str, float]:
+    """What a metric gave, as Python's numbers, with {prefix}_ in front of their names."""
+    if not isinstance(found, Mapping):
+        raise UsageError(f"compute_metrics gave a {type(found).__name__}; expected a dict of names and numbers")
+    for key, value in found.items():
+        if not isinstance(value, (int, float)) and getattr(value, "shape", None) != ():
+            raise UsageError(f"compute_metrics gave {value!r:.80} as {key}; expected a number")
+    return {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value.item() if hasattr(value, "item") else value
+            for key, value in found.items()}
 
 
 def check_metrics(compute_metrics: Metrics) -> None:
