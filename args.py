@@ -158,6 +158,11 @@ class TrainArgs:
         return self.do_eval or self.trains and (self.eval_strategy != "no" or self.eval_on_start)
 
     @property
+    def label_columns(self) -> list[str]:
+        """Those of --label_names; none if it is not given."""
+        return [] if self.label_names is None else [name.strip() for name in self.label_names.split(",")]
+
+    @property
     def best_key(self) -> str | None:
         """The name of --metric_for_best_model among the metrics of an evaluation."""
         name = self.metric_for_best_model

@@ -401,14 +401,14 @@ def build_data(args: TrainArgs) -> Data:
     return data
 
 
-def keep_columns(dataset, model: torch.nn.Module, collate, label_names: str | None):
+def keep_columns(dataset, model: torch.nn.Module, collate, label_columns: list[str]):
     """A data set of the package datasets without the columns that neither model.forward takes nor the collator, by its attribute
     `columns`, uses (--remove_unused_columns), and a note of them. Raises UsageError if nothing is left for the model. Other data sets are left as they are."""
     columns = getattr(dataset, "column_names", None)
     parameters = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if not isinstance(columns, list) or not parameters:
         return dataset, ""
-    labels = {"labels", "label", "label_ids", *(name.strip() for name in (label_names or "").split(","))}
+    labels = {"labels", "label", "label_ids", *label_columns}
     kept = [name for name in columns if name in parameters or name in labels or name in getattr(collate, "columns", ())]
     if not set(kept) - labels:
         raise UsageError(f"no column of the data ({', '.join(columns)}) is an argument of {type(model).__name__}.forward ({', '.join(parameters)}): "

@@ -196,8 +196,7 @@ def check_metrics(compute_metrics: Metrics) -> None:
 
 def label_names(args, batch: Batch) -> list[str]:
     """The columns of a batch that are labels; none if one of them is missing, as in the HF Trainer."""
-    names = ["labels"] if "labels" in batch else ["start_positions", "end_positions"]
-    names = names if args.label_names is None else [name.strip() for name in args.label_names.split(",")]
+    names = args.label_columns or (["labels"] if "labels" in batch else ["start_positions", "end_positions"])
     return names if all(name in batch for name in names) else []
 
 

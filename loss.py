@@ -22,7 +22,8 @@ CHUNK_ELEMENTS = 2**23   # logits alive at once, above which they are computed p
 def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Summed loss () of one micro-batch {input_ids, labels (B, T)}, with position_ids (B, T) if samples are packed; the model computes
     it inside its one forward call, where the hooks of DDP and FSDP see it."""
-    return model(batch["input_ids"], labels_of(batch), **{key: batch[key] for key in ("position_ids",) if key in batch})
+    packed = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+    return model(batch["input_ids"], labels_of(batch), **packed)
 
 
 def logits_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

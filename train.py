@@ -14,13 +14,11 @@ from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressC
 from checkpoint import find_checkpoint, load_checkpoint, load_for_evaluation, load_state, reading
 from collators import default_collator
 from data import Loader, build_data, keep_columns
-from data import build_data as data_of_flags
 from distributed import World, build_on, open_world, parallelize, set_seed
 from evalloop import evaluate, likeliest, predict, save_results
 from loop import plan, train, train_step, windows
 from loss import compute_loss
 from model import GPT, build_model
-from model import build_model as model_of_flags
 from optim import EMA, build_optimizer
 from precision import Precision
 from schedules import build_schedule, notice
@@ -33,7 +31,7 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
     """Trains, evaluates and predicts as the flags in argv say. The other arguments are the parts that a task of one's own replaces: see the
     function of that name in data.py, model.py, ..., `evaluate` for the ones of metrics, and `parse_args` for flags and description."""
     args = parse_args(argv, flags, description)               # args.py        one flat dataclass
-    refuse_flags(args, build_data is data_of_flags, build_model is model_of_flags)
+    refuse_flags(args, build_data, build_model)
     with open_world(args) as world:                           # distributed.py one process is not a special case
         checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
@@ -132,7 +130,7 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
     if dataset is None or isinstance(dataset, dict):
         return dataset and {name: make_loader(args, world, model, each, collate, train) for name, each in dataset.items()}
     if args.remove_unused_columns:
-        dataset, note = keep_columns(dataset, model, collate, args.label_names)
+        dataset, note = keep_columns(dataset, model, collate, args.label_columns)
         if note:
             print0(world, f"note: {note} (--remove_unused_columns False keeps them)")
     vocab_size = getattr(model, "vocab_size", getattr(getattr(model, "config", None), "vocab_size", None))
@@ -144,11 +142,11 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
                   pin_memory=args.dataloader_pin_memory and world.device.type == "cuda")
 
 
-def refuse_flags(args: TrainArgs, own_data: bool, own_model: bool) -> None:
-    """A flag that the parts of a task do not look at is an error, and not ignored."""
+def refuse_flags(args: TrainArgs, data_of_task, model_of_task) -> None:
+    """A flag that only build_data or build_model looks at is an error where a task has its own in their place, and not ignored."""
     default = TrainArgs()
-    for names, used, what in ((("dataset", "dataset_config_name", "eval_dataset", "test_dataset", "text_column", "streaming"), own_data, "data"),
-                              (("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"), own_model, "model")):
+    for names, used, what in ((("dataset", "dataset_config_name", "eval_dataset", "test_dataset", "text_column", "streaming"), data_of_task is build_data, "data"),
+                              (("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"), model_of_task is build_model, "model")):
         if given := [f"--{name}" for name in names if not used and getattr(args, name) != getattr(default, name)]:
             raise UsageError(f"{', '.join(given)}: this task has its own {what}, which {'they do' if len(given) > 1 else 'it does'} not change")
 

@@ -32,10 +32,6 @@ class Sequences(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def argmax(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(-1)
-
-
 def hf_metrics(prediction) -> dict[str, float]:
     ids = prediction.predictions if prediction.predictions.ndim == 2 else prediction.predictions.argmax(-1)
     return {"accuracy": float((ids == prediction.label_ids).mean())}
@@ -44,6 +40,8 @@ def hf_metrics(prediction) -> dict[str, float]:
 def measure(case: str, samples: int, vocab: int) -> None:
     """Prints peak memory in MB and the seconds of the evaluation."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from evalloop import evaluate, likeliest
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=2))
     data = Sequences(samples, vocab)
@@ -52,13 +50,12 @@ def measure(case: str, samples: int, vocab: int) -> None:
             from transformers import Trainer, TrainingArguments
             trainer = Trainer(model, TrainingArguments(folder, per_device_eval_batch_size=8, disable_tqdm=True, use_cpu=True), eval_dataset=data,
                               compute_metrics=None if case == "hf loss" else hf_metrics,
-                              preprocess_logits_for_metrics=argmax if case == "hf argmax" else None)
+                              preprocess_logits_for_metrics=likeliest if case == "hf argmax" else None)
             start = time.perf_counter()
             trainer.evaluate()
         else:
             from args import TrainArgs
             from distributed import open_world
-            from evalloop import evaluate
             from loss import logits_loss
             from tools.metrics import Accuracy
             from train import assemble
@@ -67,7 +64,7 @@ def measure(case: str, samples: int, vocab: int) -> None:
                 run, _, loader = assemble(args, world, model, data, data)
                 run.callbacks.callbacks = []
                 start = time.perf_counter()
-                evaluate(run, loader, logits_loss, None if case == "loss" else Accuracy(), preprocess_logits_for_metrics=argmax)
+                evaluate(run, loader, logits_loss, None if case == "loss" else Accuracy(), preprocess_logits_for_metrics=likeliest)
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} {time.perf_counter() - start:.2f}")
 
 

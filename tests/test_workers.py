@@ -177,20 +177,20 @@ def test_columns_that_the_model_does_not_take_are_left_out_and_named(capsys, tmp
     assert "columns left out, as the model does not take them: id, text" in capsys.readouterr().out
     with pytest.raises(UsageError, match="no column of the data .id, text. is an argument of GPT.forward .input_ids, labels"):
         run_training(arguments(tmp_path / "b", max_steps=2), train_set=table.select_columns(["id", "text"]))
-    assert keep_columns(sequences(2), torch.nn.Linear(1, 1), default_collator, None)[1] == ""      # not a table
+    assert keep_columns(sequences(2), torch.nn.Linear(1, 1), default_collator, [])[1] == ""      # not a table
 
 
 def test_columns_are_left_out_for_models_of_transformers_too():
     from transformers import BertConfig, BertForSequenceClassification
     model = BertForSequenceClassification(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     table = datasets.Dataset.from_dict({"id": ["a"], "text": ["t"], "input_ids": [[1, 2]], "label": [0]})
-    kept, note = keep_columns(table, model, PaddingCollator(0), None)       # forward(..., **kwargs)
+    kept, note = keep_columns(table, model, PaddingCollator(0), [])       # forward(..., **kwargs)
     assert kept.column_names == ["input_ids", "label"] and note.endswith("id, text")
 
 
 def test_columns_that_the_collator_uses_are_kept_for_it():
     table = datasets.Dataset.from_dict({"input_ids": [[1, 10, 2]], "special_tokens_mask": [[1, 0, 1]], "text": ["t"]})
-    kept, note = keep_columns(table, gpt(), MASKING, None)
+    kept, note = keep_columns(table, gpt(), MASKING, [])
     assert kept.column_names == ["input_ids", "special_tokens_mask"] and note.endswith("take them: text")
 
 
