@@ -15,49 +15,48 @@ places in files that all share. So nobody ever holds more than its part, and any
 it: each rank reads the ranges that it holds. The folder is `tmp-checkpoint-N` until everything is on the disk, and then renamed
 once. Nothing is ever unpickled, and no name in a file is followed out of the folder.
 
-Beside the checkpoints, output_dir has metrics.jsonl (callbacks.py), status.json, which says how the run is or how it ended, and
-.lock, which a run holds while it lives.
+storage.py has the files themselves, rundir.py which folders are complete, and which one a run goes on from.
 """
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import math
 import os
 import platform
-import re
 import shutil
-import socket
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import NoneType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from args import changed_args
-from distributed import World, local_part, rng_state, set_rng_state, set_seed
+from distributed import local_part, rng_state, set_rng_state, set_seed
+from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
 from schedules import Plateau
 from state import Run, TrainState, UsageError
+from storage import (
+    FilePlan,
+    PartFiles,
+    Stored,
+    alike,
+    create_file,
+    describe_file,
+    plan_json,
+    plan_tensors,
+    read_json,
+    reading,
+    show,
+    sync,
+    write_file,
+)
 from zero import ELEMENTWISE, Part, whole_parameters
 
-FORMAT = 4     # of the folder, in its manifest
 MAX_FILE_BYTES = 5 * 10**9      # of weights in one file
-MAX_JSON_BYTES = 2**26          # of a text, or the header of a file of tensors, that will be parsed
-CHUNK_BYTES = 2**24             # that are written, hashed or read at a time
-LOCK_WAIT_S = 5                 # for a run that was killed a moment ago to be gone
-CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
-RANGE = re.compile(r"(.*?)(?:\[(\d{1,15}):(\d{1,15})\])?", re.DOTALL)
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool}     # safetensors' names
 
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -199,38 +198,6 @@ class Saver:
                 print(f"warning: {error}; training goes on, and the next save is another try (--save_errors continue)", file=sys.stderr)
 
 
-class FilePlan(NamedTuple):
-    """A file that is to be written: a header, or a whole text, and tensors behind it."""
-
-    header: bytes
-    size: int                                   # of the whole file
-    tensors: list[tuple[str, int, Tensor]]      # this rank's: key, position in the file, elements; in the order of positions
-    shared: bool = False                        # other ranks write into it too; the header is written by one, before
-
-
-def plan_json(content: dict) -> FilePlan:
-    text = json.dumps(content, indent=1).encode()
-    return FilePlan(text, len(text), [])
-
-
-def plan_tensors(tensors: dict[str, Tensor], mine: dict[str, tuple[Tensor, int]] | None = None, shared: bool = False, **metadata: str) -> FilePlan:
-    """A file of tensors in the safetensors format. mine: what this rank writes of them, and from which element on (default: all)."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
-    mine = {key: (tensor, 0) for key, tensor in tensors.items()} if mine is None else mine
-    end = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):    # keeps each one aligned
-        name = next((name for name, known in DTYPES.items() if known == tensor.dtype), None)
-        if name is None:
-            raise UsageError(f"{key} is a tensor of {tensor.dtype}, which the safetensors format does not have: use --save_strategy no, or another type")
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    data = 8 + len(text)
-    places = [(key, data + header[key]["data_offsets"][0] + first * tensor.dtype.itemsize, tensor.detach()) for key, (tensor, first) in mine.items()]
-    return FilePlan(len(text).to_bytes(8, "little") + text, data + end, sorted(places, key=lambda place: place[1]), shared)
-
-
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's own weights by name, whole or sharded. One with two names (tied) is kept under the first."""
     weights: dict[str, Tensor] = {}
@@ -307,369 +274,6 @@ def optimizer_state(held: list[Part], optimizer: torch.optim.Optimizer) -> tuple
     return tensors, numbers
 
 
-def create_file(path: str, plan: FilePlan) -> None:
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-        write_at(descriptor, memoryview(plan.header), 0)
-        os.truncate(descriptor, plan.size)
-
-
-def write_file(path: str, plan: FilePlan) -> dict:
-    """Writes a file, or this rank's tensors into a shared one, and forces it to the disk. Returns its size and SHA-256, which
-    is worked out beside the writing; of a shared one it means nothing."""
-    digest = hashlib.sha256()
-    with opened(path, os.O_WRONLY | (0 if plan.shared else os.O_CREAT | os.O_EXCL)) as descriptor, ThreadPoolExecutor(1) as beside:
-        parts = [] if plan.shared else [(0, memoryview(plan.header))]
-        for position, data in (*parts, *((at, tensor) for _, at, tensor in plan.tensors)):
-            data = as_bytes(data) if isinstance(data, Tensor) else data
-            for start in range(0, len(data), CHUNK_BYTES):
-                chunk = data[start:start + CHUNK_BYTES]
-                hashing = None if plan.shared else beside.submit(digest.update, chunk)      # lets go of the interpreter lock
-                write_at(descriptor, chunk, position + start)
-                if hashing is not None:
-                    hashing.result()
-        os.fsync(descriptor)
-    return {"bytes": plan.size, "sha256": digest.hexdigest()}
-
-
-@contextlib.contextmanager
-def opened(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements of a tensor, which is copied only if it is not on the CPU or not contiguous."""
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def write_at(descriptor: int, data: memoryview, position: int) -> None:
-    while len(data):
-        written = os.pwrite(descriptor, data, position)
-        data, position = data[written:], position + written
-
-
-def sync(path: str) -> None:
-    """Forces a file or folder to the disk: a rename must not become durable before what it names."""
-    with opened(path) as descriptor:
-        os.fsync(descriptor)
-
-
-def describe_file(path: str) -> dict:
-    with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def checksum(manifest: dict) -> str:
-    """Of everything in a manifest but this."""
-    return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
-
-
-def rotate(output_dir: str, limit: int | None, protected: set[int]) -> None:
-    """Removes the oldest complete checkpoints until `limit` are left, but none of the protected ones, the newest and the best. They
-    lose their name before their files, so that none is ever half there."""
-    steps = [step for step in list_checkpoints(output_dir) if limit is not None and looks_complete(os.path.join(output_dir, f"checkpoint-{step}"))]
-    excess = max(0, len(steps) - (limit or 0))
-    for step in [step for step in reversed(steps) if step not in protected][:excess]:
-        doomed = os.path.join(output_dir, f"tmp-deleted-checkpoint-{step}")
-        os.rename(os.path.join(output_dir, f"checkpoint-{step}"), doomed)
-        remove(doomed)
-
-
-def looks_complete(path: str) -> bool:
-    """Whether a checkpoint has the files of its manifest, in their sizes; contents are not read."""
-    try:
-        check_files(path, read_manifest(path), ranks=0)
-    except UsageError:
-        return False
-    return True
-
-
-def remove(path: str) -> None:
-    """Removes a folder, or a link but not what it points to."""
-    if os.path.islink(path):
-        os.unlink(path)
-    else:
-        shutil.rmtree(path)
-
-
-# ---------------------------------------------------------------------------------------------------- find
-
-def find_checkpoint(args, world: World) -> str | None:
-    """What --resume_from_checkpoint means, the same on every rank: the path of a checkpoint that is as it was saved, or None to
-    start. Under torchrun, a start after a failure goes on by itself, whatever the flag says. Takes the lock of output_dir. To evaluate
-    without training: the checkpoint to look at, without a lock, since its run may be going on.
-
-    Raises UsageError: exit code 2 if output_dir is in use, or holds a run and no flag says what to do with it, 3 if there is
-    nothing to resume from. A damaged checkpoint that an older one is used for is renamed, so that the name keeps its meaning."""
-    wanted, output_dir = args.resume_from_checkpoint, args.output_dir
-    restarted = args.trains and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    candidates, error, job, damaged = [], None, os.environ.get("TORCHELASTIC_RUN_ID"), []
-    try:
-        if world.writes and args.trains:
-            prepare_output_dir(output_dir, world.on_exit)
-        if world.is_main:
-            before = read_status(output_dir)
-            restarted = restarted and job is not None and before.get("job") == job      # what was refused at first is not allowed at second
-            candidates = list_candidates(args, restarted)
-            world.status.update(started=before["started"] if restarted else time.time(), step=before.get("step", 0))
-    except UsageError as failure:
-        error = failure
-    world.raise_together(error)
-    timed_out, restarted = world.max(int(restarted and world.is_main and before.get("exit") == 75), int(restarted and world.is_main))
-    if timed_out:
-        raise SystemExit(75)        # --max_time is for the job, and torchrun would start it over and over
-    candidates = world.gather_json(candidates)[0]
-    world.status["job"] = job if restarted else None
-    if args.trains:
-        world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
-    for path in candidates:
-        problem, is_damaged = find_damage(path, world, args.save_on_each_node, only_model=not args.trains)
-        if problem is None:
-            with world.writing(output_dir):
-                if world.writes:
-                    os.makedirs(output_dir, exist_ok=True)
-                for old in damaged if args.trains else ():
-                    if world.writes and os.path.lexists(old):
-                        os.rename(old, unused_path(os.path.join(output_dir, f"damaged-{os.path.basename(old)}")))
-            if args.trains:
-                write_status(output_dir, world, job=job)
-            return path
-        if path == wanted and not restarted:
-            raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
-        if not args.trains:     # an older one would have other results
-            raise UsageError(f"{path} cannot be evaluated: {problem}", 3)
-        if world.is_main:
-            print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
-        damaged += [path] if is_damaged else []
-    if not args.trains:
-        raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{' of a best update' * args.load_best_model_at_end} in "
-                         f"{output_dir}: give --resume_from_checkpoint PATH, or --do_train to train first", 3)
-    if candidates or (wanted or "").lower() == "true":
-        raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
-                         f"give the path of one, or start a new run in another --output_dir", 3)
-    write_status(output_dir, world, job=job)
-    return None
-
-
-def list_candidates(args, restarted: bool) -> list[str]:
-    """Paths of the checkpoints that may be resumed from, to be tried in this order; none for a fresh start. To evaluate without training:
-    the one asked for, else the best (--load_best_model_at_end) or the newest first."""
-    wanted, output_dir = args.resume_from_checkpoint, args.output_dir
-    steps = list_checkpoints(output_dir)
-    own = [os.path.join(output_dir, f"checkpoint-{step}") for step in steps]
-    explicit = wanted is not None and wanted.lower() not in ("true", "false", "auto")
-    if restarted:
-        return own or ([wanted] if explicit else [])
-    if not args.trains:
-        if own and not explicit and args.load_best_model_at_end:
-            with reading(own[0], "state.json"):
-                best = read_json(own[0], "state.json")["state"]["best_saved_step"]
-            own = [path for path, step in zip(own, steps) if step == best]
-        return [wanted] if explicit else own
-    if wanted is None or wanted.lower() == "false":
-        if found := holds_run(output_dir):
-            raise UsageError(f"--output_dir {output_dir} already holds a run ({found}): go on with it by "
-                             f"--resume_from_checkpoint True, or start another one in a new --output_dir")
-        return []
-    if not explicit:
-        if not own and wanted.lower() == "auto" and holds_run(output_dir):
-            print(f"note: {output_dir} has a metrics.jsonl but no checkpoint to go on from; the run starts anew and replaces it", file=sys.stderr)
-        return own
-    source = os.path.dirname(os.path.abspath(wanted))
-    if os.path.isdir(wanted) and os.path.samefile(source, output_dir):
-        chosen = CHECKPOINT.fullmatch(os.path.basename(os.path.abspath(wanted)))
-        if steps and (chosen is None or steps[0] > int(chosen[1])):
-            raise UsageError(f"--resume_from_checkpoint {wanted}: {output_dir} goes on to checkpoint-{steps[0]}, which would be mixed with "
-                             f"the new run: give a new --output_dir, or move the newer checkpoints away")
-    elif os.path.isdir(wanted) and holds_run(output_dir):
-        raise UsageError(f"--output_dir {output_dir} already holds another run than {wanted}: give a new --output_dir, "
-                         f"or {source} to go on there")
-    return [wanted]
-
-
-def prepare_output_dir(output_dir: str, on_exit: contextlib.ExitStack) -> None:
-    """Makes the folder, locks it, which also shows that it can be written, and removes what a save that was killed has left."""
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        lock(output_dir, on_exit)
-        for name in os.listdir(output_dir):
-            path, original = os.path.join(output_dir, name), os.path.join(output_dir, name.removeprefix("replaced-"))
-            if name.startswith("replaced-checkpoint-") and not os.path.lexists(original):
-                os.rename(path, original)
-            elif name.startswith(("tmp-checkpoint-", "tmp-deleted-checkpoint-", "replaced-checkpoint-")):
-                remove(path)
-    except OSError as error:
-        raise UsageError(f"--output_dir {output_dir} cannot be written: {error}", 5) from None
-
-
-def lock(output_dir: str, on_exit: contextlib.ExitStack) -> None:
-    """Keeps other runs out of the folder until the world is closed. If the process dies, the system gives the lock back."""
-    file = on_exit.enter_context(open(os.path.join(output_dir, ".lock"), "a+"))    # noqa: SIM115
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise UsageError(f"--output_dir {output_dir} is in use by another run, {file.read() or 'which is just starting'}: "
-                                 f"wait for its end, stop it, or give another --output_dir") from None
-            time.sleep(0.1)
-        except OSError as error:
-            print(f"warning: {output_dir} cannot be locked ({error}): take care that no other run writes there", file=sys.stderr)
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    on_exit.callback(file.truncate, 0)
-
-
-def list_checkpoints(output_dir: str) -> list[int]:
-    """Steps of the checkpoints in a folder, newest first."""
-    matches = (CHECKPOINT.fullmatch(name) for name in os.listdir(output_dir)) if os.path.isdir(output_dir) else ()
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
-
-
-def holds_run(output_dir: str) -> str:
-    """A file or folder by which output_dir is known to hold a run, or ""."""
-    if steps := list_checkpoints(output_dir):
-        return f"checkpoint-{steps[0]}"
-    log = os.path.join(output_dir, "metrics.jsonl")
-    return "metrics.jsonl" if os.path.exists(log) and os.path.getsize(log) else ""
-
-
-def unused_path(path: str) -> str:
-    return unused_path(path + "+") if os.path.lexists(path) else path
-
-
-def find_damage(path: str, world: World, each_node: bool, only_model: bool = False) -> tuple[str | None, bool]:
-    """(why a checkpoint cannot be used, or None; whether it is damaged). only_model: weights alone will do. Ranks share the hashing of its files. Raises
-    UsageError if it is another version's, which may still need it: it is neither skipped nor, later, replaced."""
-    kind, problem, identity = "", "", ""
-    try:
-        manifest = read_manifest(path)
-        identity = manifest["sha256"]
-        if manifest["format"] != FORMAT:
-            kind, problem = "foreign", f"its format is {show(manifest['format'])}, and this program knows {FORMAT}"
-        elif manifest["only_model"] and not only_model:
-            kind, problem = "partial", "it holds weights alone (--save_only_model)"
-        else:
-            check_files(path, manifest, *((world.local_rank, world.local_world_size) if each_node else (world.rank, world.world_size)))
-    except UsageError as error:
-        kind, problem = "damaged", str(error).removeprefix(path + os.sep)
-    reports = world.gather_json([kind, problem, identity])
-    for rank, (kind, problem, found) in enumerate(reports):
-        if kind == "foreign":
-            raise UsageError(f"{path}: {problem}", 3)
-        if kind:
-            return problem + f" (seen by rank {rank})" * (rank > 0), kind == "damaged"
-        if found != reports[0][2] and not each_node:
-            return f"rank {rank} sees another checkpoint under that name than rank 0: all need the same folder, or --save_on_each_node", False
-    return None, False
-
-
-def verify(path: str) -> dict:
-    """The manifest of a checkpoint that is what was saved. Raises UsageError (exit code 3) that names the file and the reason."""
-    manifest = read_manifest(path)
-    if manifest["format"] != FORMAT:
-        raise UsageError(f"{path}: its format is {show(manifest['format'])}, and this program knows {FORMAT}", 3)
-    check_files(path, manifest)
-    return manifest
-
-
-def read_manifest(path: str) -> dict:
-    with reading(path, "manifest.json"):
-        if not os.path.isdir(path):
-            raise UsageError(f"{path}: no such folder", 3)
-        if steps := list_checkpoints(path):
-            raise UsageError(f"{path}: it is the folder of a run: give a checkpoint in it, such as checkpoint-{steps[0]}", 3)
-        manifest = read_json(path, "manifest.json")
-        if manifest["sha256"] != checksum(manifest):
-            raise ValueError("it is not what was saved: its own checksum is another")
-        named = CHECKPOINT.fullmatch(os.path.basename(os.path.abspath(path)))
-        if named and int(named[1]) != manifest["step"]:
-            raise ValueError(f"it is that of update {show(manifest['step'])}")
-        return {key: manifest[key] for key in ("format", "step", "only_model", "torch", "python", "files", "sha256")}
-
-
-def check_files(path: str, manifest: dict, rank: int = 0, ranks: int = 1) -> None:
-    """That a folder has the files of its manifest and no others. Of several ranks each hashes every N-th (of 0 ranks: nobody any)."""
-    with reading(path, "manifest.json"):
-        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    found = set(os.listdir(path)) - {"manifest.json"}
-    for name in sorted(expected.keys() | found):
-        with reading(path, name):
-            if name not in found or name not in expected:
-                raise ValueError("it is missing" if name in expected else "it is not in the manifest")
-            info = os.lstat(os.path.join(path, name))
-            if not PLAIN_NAME.fullmatch(name) or not stat.S_ISREG(info.st_mode):
-                raise ValueError("it is not a plain file with a plain name")
-            if info.st_size != expected[name][0]:
-                raise ValueError(f"it has {info.st_size:,} bytes, and {expected[name][0]:,} were saved")
-    for name in sorted(expected)[rank::ranks] if ranks else []:
-        with reading(path, name):
-            if describe_file(os.path.join(path, name))["sha256"] != expected[name][1]:
-                raise ValueError("its content is not what was saved (SHA-256)")
-
-
-@contextlib.contextmanager
-def reading(path: str, name: str) -> Iterator[None]:
-    """Whatever a file that is not what it should be can raise, as one error that names it (exit code 3)."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
-        what = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
-        shown = name if PLAIN_NAME.fullmatch(name) else ascii(name)[:100]     # it may hold anything, for a terminal too
-        raise UsageError(f"{path}{os.sep}{shown} cannot be used: {what:.1000}", 3) from error
-
-
-def read_json(folder: str, name: str) -> dict:
-    path = os.path.join(folder, name)
-    info = os.lstat(path)
-    if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_JSON_BYTES:
-        raise ValueError(f"it is no plain file of at most {MAX_JSON_BYTES:,} bytes")
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    if not isinstance(content, dict):
-        raise TypeError(f"it holds a {type(content).__name__}, not an object")
-    return content
-
-
-# ---------------------------------------------------------------------------------------------------- status
-
-def write_status(output_dir: str, world: World, **changes) -> None:
-    """Tells others how the run is: {"state": "running" | "finished" | "stopped" | "failed", "step", "reason", "exit"}, and until it
-    is finished when its job was started, and the number that torchrun gave the job."""
-    world.status.update(changes)
-    path = os.path.join(output_dir, "status.json")
-    if world.is_main:
-        with contextlib.suppress(OSError):      # a full disk has been told of already, and must not hide the reason
-            with open(path + ".tmp", "w") as file:
-                json.dump(world.status, file)
-            os.replace(path + ".tmp", path)
-
-
-def read_status(output_dir: str) -> dict:
-    try:
-        return read_json(output_dir, "status.json")
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-
-
-def report_end(output_dir: str, world: World, error: BaseException | None) -> None:
-    if isinstance(error, SystemExit):
-        write_status(output_dir, world, state="stopped", exit=error.code)
-    elif error is not None:
-        code = error.exit_code if isinstance(error, UsageError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        write_status(output_dir, world, state="stopped" if code == 130 else "failed", exit=code, reason=f"{type(error).__name__}: {error}")
-
-
 # ---------------------------------------------------------------------------------------------------- load
 
 def load_state(path: str | None, args, data: str) -> TrainState:
@@ -702,22 +306,6 @@ def load_state(path: str | None, args, data: str) -> TrainState:
                          + ": it would go on as a different one. Give what it was trained with, or start a new run; to go on all the "
                          f"same, give --allow_change {','.join(dict.fromkeys(name for *_, name in changes))}")
     return state
-
-
-def alike(value, ours) -> bool:
-    """Whether a value out of a file can be in the place of this run's: numbers for numbers, a number or nothing for nothing."""
-    if isinstance(ours, dict):
-        return isinstance(value, dict) and value.keys() == ours.keys() and all(alike(value[key], ours[key]) for key in ours)
-    if isinstance(ours, (list, str, bool)):
-        return type(value) is type(ours) and (not isinstance(ours, list) or all(alike(number, 0.0) for number in value))
-    if type(ours) is int:
-        return type(value) is int and min(ours, 0) <= value < 2**53
-    return ours is value is None or type(value) is float or type(value) is int and abs(value) < 2**53
-
-
-def show(value) -> str:
-    """A value out of a file for a message: it may be of any length, and not printable."""
-    return ascii(str(value)[:200])[1:-1]
 
 
 def load_checkpoint(run: Run, path: str) -> None:
@@ -805,93 +393,6 @@ def copy_history(source: str, run: Run) -> None:
     if os.path.exists(log) and not os.path.exists(run.state.log_path):
         with open(log, "rb") as file, open(run.state.log_path, "wb") as copy:
             copy.write(file.read(min(run.state.log_bytes, os.path.getsize(log))))
-
-
-class Stored(NamedTuple):
-    """A tensor in a file: elements `start` to `stop` of a flattened parameter, or (stop None) a whole one."""
-
-    start: int
-    stop: int | None
-    descriptor: int
-    position: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class PartFiles(contextlib.ExitStack):
-    """The tensors in `stem*.safetensors` of a checkpoint, of which any range of elements can be read by itself, wherever the
-    ranks that wrote it had cut. A context: the files are open inside it."""
-
-    def __init__(self, path: str, stem: str):
-        super().__init__()
-        self.path = path
-        self.found: dict[str, list[Stored]] = {}
-        self.numbers: dict = {}
-        self.names = [name for name in sorted(os.listdir(path)) if re.fullmatch(rf"{stem}(-.*)?\.safetensors", name)]
-        self.name = self.names[0] if len(self.names) == 1 else f"{stem}-R.safetensors"      # in messages
-        for name in self.names:
-            with reading(path, name):
-                self.add(os.path.join(path, name))
-
-    def add(self, path: str) -> None:
-        descriptor = self.enter_context(opened(path, os.O_RDONLY | os.O_NOFOLLOW))
-        size = os.fstat(descriptor).st_size
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if 8 + length > min(size, MAX_JSON_BYTES):
-            raise ValueError(f"its header should have {length:,} bytes")
-        header = json.loads(os.pread(descriptor, length, 8))
-        numbers = json.loads(header.pop("__metadata__", {}).get("numbers", "{}"))
-        if not all(type(value) is bool or alike(value, None) for value in numbers.values()):
-            raise ValueError("its metadata holds other things than numbers")
-        self.numbers |= numbers
-        for key, entry in header.items():
-            base, first, stop = RANGE.fullmatch(key).groups()
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end > size - 8 - length \
-                    or end - begin != math.prod(shape) * dtype.itemsize or stop and int(stop) - int(first) != math.prod(shape):
-                raise ValueError(f"{show(key)} should have shape {show(shape)} in bytes {begin} to {end}")
-            self.found.setdefault(base, []).append(Stored(int(first or 0), int(stop) if stop else None, descriptor, 8 + length + begin, dtype, shape))
-        places = sorted(entry["data_offsets"] for entry in header.values())
-        if [*(begin for begin, _ in places), size - 8 - length] != [0, *(end for _, end in places)]:
-            raise ValueError("its tensors overlap or leave gaps")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that was saved whole."""
-        return self.found[name][0].shape
-
-    def fill(self, name: str, first: int, target: Tensor) -> None:
-        """Reads the elements of the flattened tensor `name` from `first` on into `target`, as many as it has."""
-        pieces = sorted(self.found[name], key=lambda stored: stored.start)
-        direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == pieces[0].dtype
-        buffer = target if direct else torch.empty(target.shape, dtype=pieces[0].dtype)
-        view, at, last = as_bytes(buffer.detach()), first, first + target.numel()
-        for start, stop, descriptor, position, dtype, shape in pieces:
-            upto = min(last, start + math.prod(shape))
-            if start <= at < upto and dtype == buffer.dtype:
-                part = view[(at - first) * dtype.itemsize:(upto - first) * dtype.itemsize]
-                read_at(descriptor, part, position + (at - start) * dtype.itemsize)
-                at = upto
-        if at != last:
-            raise ValueError(f"elements {at} to {last} of {name} are missing")
-        if not direct:
-            target.detach().copy_(buffer)
-
-    def read(self, name: str, part: Part) -> Tensor:
-        """The state `name` of what a rank holds of a parameter, on the CPU. What was saved whole in another shape than the
-        parameter's belongs to it as one, such as a step count."""
-        stored = self.found[name][0]
-        alone = stored.stop is None and stored.shape != tuple(part.shape)
-        tensor = torch.empty(stored.shape if alone else part.piece.shape, dtype=stored.dtype)
-        self.fill(name, 0 if alone else part.start, tensor)
-        return tensor
-
-
-def read_at(descriptor: int, target: memoryview, position: int) -> None:
-    while len(target):
-        count = os.preadv(descriptor, [target[:CHUNK_BYTES]], position)
-        if count == 0:
-            raise OSError("a file ends too early")
-        target, position = target[count:], position + count
 
 
 def load_model(model: nn.Module, path: str) -> None:

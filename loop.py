@@ -17,10 +17,11 @@ from torch import Tensor
 
 from args import seconds
 from callbacks import improves
-from checkpoint import Saver, list_checkpoints, load_best, write_status
+from checkpoint import Saver, load_best
 from distributed import clip_grads
 from evalloop import evaluate, to_device
 from optim import set_lr
+from rundir import list_checkpoints, write_status
 from schedules import Plateau
 from state import Batch, LossFn, Run, TrainState, Update, UsageError
 

@@ -5,16 +5,12 @@ and a squared-ReLU MLP (So et al. 2021, section 4.2). Shapes: B batch, T time, C
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from args import TrainArgs
 from loss import head_cross_entropy
-from state import UsageError
 
 
 class Linear(nn.Linear):
@@ -146,66 +142,3 @@ class GPT(nn.Module):
 
 def build_model(args: TrainArgs) -> GPT:
     return GPT(args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout, args.label_smoothing_factor)
-
-
-@torch.no_grad()
-def generate(model: GPT, prompts: Tensor | list[Tensor], length: int, temperature: float = 0.8, top_k: int | None = None,
-             top_p: float | None = None, seeds: list[int] | None = None, eos_id: int | None = None, pad_id: int = 0,
-             agree: Callable[[bool], bool] = bool) -> Tensor:
-    """`length` new tokens for each of the prompts ((T,), (B, T), or a list of (T,) of different lengths): (B, length). A row is filled up
-    with pad_id after its eos_id, and writing ends when all rows have; of ranks whose weights are sharded, and that have to call the model
-    equally often, when `agree` (own rows have ended) says so. Each row sees the last block_size tokens.
-
-    temperature 0 takes the likeliest token. top_k: of that many likeliest tokens only; top_p: of the fewest likeliest ones that have this
-    probability together, of those of top_k (Holtzman et al. 2020, section 3.1). Each row draws by its own seed (default: 0, 1, ...): what
-    it writes does not depend on the others, and no global generator moves."""
-    rows = [torch.as_tensor(row) for row in (prompts[None] if isinstance(prompts, Tensor) and prompts.dim() < 2 else prompts)]
-    seeds = list(range(len(rows))) if seeds is None else seeds
-    if not rows or any(row.dim() != 1 or not len(row) for row in rows) or len(seeds) != len(rows):
-        raise UsageError(f"generate was given prompts of shapes {[tuple(row.shape) for row in rows]} and {len(seeds)} seeds; it needs one "
-                         f"prompt or more, each a row of at least one token, and a seed for each")
-    if length < 1 or not 0 <= temperature < math.inf or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
-        raise UsageError(f"generate was given length={length}, temperature={temperature}, top_k={top_k}, top_p={top_p}; it needs "
-                         f"length >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
-    rows, device = [row[-model.block_size:] for row in rows], rows[0].device
-    T = max(len(row) for row in rows)
-    tokens = torch.stack([F.pad(row, (T - len(row), 0), value=pad_id) for row in rows])                     # (B, T)
-    pads = torch.tensor([[T - len(row)] for row in rows], device=device)
-    columns = torch.arange(T, device=device)
-    positions = torch.where(columns < pads, columns, columns - pads)            # padding is a document of its own
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draws = torch.stack([torch.rand(length, dtype=torch.float64, generator=generator) for generator in generators]).to(device)
-    written = torch.full((len(rows), length), pad_id, device=device)
-    finite = torch.tensor(True, device=device)
-    ended, cache = torch.zeros(len(rows), dtype=torch.bool, device=device), Cache(model.block_size - 1)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        for at in range(length):
-            logits = model(tokens, position_ids=positions, cache=cache)[:, -1].float()                  # (B, V)
-            finite &= logits.amax(-1).isfinite().all()          # -inf is a token that cannot come
-            new = logits.argmax(-1) if temperature == 0 else sample(logits / temperature, draws[:, at, None], top_k, top_p)
-            written[:, at] = torch.where(ended, pad_id, new)
-            ended |= new == eos_id
-            if eos_id is not None and agree(bool(ended.all())):
-                break
-            tokens, positions = new[:, None], None
-    finally:
-        for module in training:
-            module.training = True
-    if not finite:
-        raise UsageError("the model cannot write: its outputs are not finite, so its training has diverged")
-    return written
-
-
-def sample(logits: Tensor, draws: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """The token (B,) of each row of logits (B, V) at which the cumulative probability passes draws (B, 1), uniform in [0, 1)."""
-    probabilities = F.softmax(logits.double(), dim=-1)
-    if top_k is not None or top_p is not None:
-        likeliest, order = probabilities.sort(descending=True, stable=True)
-        likeliest[:, top_k or len(likeliest[0]):] = 0
-        before = likeliest.cumsum(-1) - likeliest
-        likeliest[before >= (top_p or 1) * likeliest.sum(-1, keepdim=True)] = 0
-        probabilities = torch.zeros_like(likeliest).scatter(-1, order, likeliest)
-    reached = probabilities.cumsum(-1)
-    return (reached <= draws * reached[:, -1:]).sum(-1)

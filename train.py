@@ -11,18 +11,21 @@ import torch
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
 from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressCallback
-from checkpoint import find_checkpoint, load_checkpoint, load_for_evaluation, load_state, reading
+from checkpoint import load_checkpoint, load_for_evaluation, load_state
 from collators import default_collator
-from data import Loader, build_data, keep_columns
+from data import build_data, keep_columns
 from distributed import World, build_on, open_world, parallelize, set_seed
 from evalloop import evaluate, likeliest, predict, save_results
+from loader import Loader
 from loop import plan, train, train_step, windows
 from loss import compute_loss
 from model import GPT, build_model
 from optim import EMA, build_optimizer
 from precision import Precision
+from rundir import find_checkpoint
 from schedules import build_schedule, notice
 from state import Run, UsageError, run_main
+from storage import reading
 
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
     args = parse_args(argv, flags, description)               # args.py        one flat dataclass
     refuse_flags(args, build_data, build_model)
     with open_world(args) as world:                           # distributed.py one process is not a special case
-        checkpoint = find_checkpoint(args, world)             # checkpoint.py  before the work of reading data
+        checkpoint = find_checkpoint(args, world)             # rundir.py      before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data
         if args.do_predict and data.test is data.eval is None:

@@ -16,8 +16,9 @@ import torch
 
 from args import TrainArgs
 from collators import default_collator
-from data import Blocks, Loader
+from data import Blocks
 from distributed import open_world, set_seed
+from loader import Loader
 from loop import train
 from loss import compute_loss
 from model import GPT

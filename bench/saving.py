@@ -43,10 +43,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict
 
 from args import TrainArgs
-from checkpoint import Saver, find_damage, load_checkpoint
+from checkpoint import Saver, load_checkpoint
 from data import Blocks
 from distributed import build_on, local_part, open_world, parallelize
 from model import GPT
+from rundir import find_damage
 from tests import ranks as pool
 from train import assemble
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from args import check_args
 from callbacks import Callback
-from checkpoint import list_checkpoints
 from loop import train
+from rundir import list_checkpoints
 from state import UsageError
 from tests.toy import arguments, rows, toy_run, weights
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from callbacks import Callback, CheckReplicas
-from checkpoint import Saver, checksum, list_checkpoints, verify
+from checkpoint import Saver
 from distributed import local_part
 from loop import train
 from loss import compute_loss
+from rundir import checksum, list_checkpoints, verify
 from state import UsageError
 from tests.test_resume import SETTINGS, cut, finish, interrupted
 from tests.toy import arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run
@@ -200,7 +201,7 @@ def test_a_removed_folder_is_an_error_that_names_it(tmp_path):
 # ---------------------------------------------------------------------------------------------------- who may write
 
 def test_a_second_run_in_the_same_folder_is_refused_and_told_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoint.LOCK_WAIT_S", 0)
+    monkeypatch.setattr("rundir.LOCK_WAIT_S", 0)
     with toy_run(arguments(tmp_path)), pytest.raises(UsageError, match=f"in use by another run, process {os.getpid()} on ") as error, \
             toy_run(arguments(tmp_path)):
         pass

@@ -10,7 +10,8 @@ import torch
 
 from args import TrainArgs
 from collators import default_collator
-from data import Blocks, Loader, block_starts, build_data, source_files, to_tokens
+from data import Blocks, block_starts, build_data, source_files, to_tokens
+from loader import Loader
 from state import UsageError
 
 

@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import MAX_JSON_BYTES, checksum, describe_file, find_checkpoint, verify
 from distributed import open_world
 from loop import train
 from loss import compute_loss
+from rundir import checksum, find_checkpoint, verify
 from state import UsageError
+from storage import MAX_JSON_BYTES, describe_file
 from tests.test_resume import Patience
 from tests.toy import arguments, gpt, run_training, sequences, toy_run
 

@@ -5,9 +5,10 @@ import torch
 from collators import CausalLMCollator, PackingCollator
 from evalloop import evaluate
 from loss import compute_loss
-from model import GPT, Cache, generate
+from model import GPT, Cache
 from state import UsageError
 from tests.toy import VOCAB, arguments, gpt, sequences, toy_run
+from tools.generate import generate
 
 BLOCK = 24
 

@@ -9,13 +9,13 @@ from transformers.optimization import Adafactor as TheirAdafactor
 
 import loss as losses
 from args import TrainArgs, parse_args
-from checkpoint import list_checkpoints
 from evalloop import evaluate
 from loop import train
 from loss import compute_loss, cross_entropy, head_cross_entropy
 from model import build_model
 from optim import Adafactor, Lion, build_optimizer, parameter_groups, parse_optim_args
 from precision import Precision
+from rundir import list_checkpoints
 from schedules import Plateau, build_schedule
 from state import UsageError
 from tests.test_arithmetic import linear_loss

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collators import default_collator
-from data import Blocks, Loader
+from data import Blocks
+from loader import Loader
 from state import UsageError
 from tests.toy import Numbers
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from callbacks import Callback
-from checkpoint import list_checkpoints
 from distributed import rng_state
 from evalloop import evaluate
 from loop import train
 from loss import compute_loss
+from rundir import list_checkpoints
 from state import UsageError
 from tests.toy import Numbers, arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run, weights
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Request
+from loader import Request
 from loop import train_step
 from loss import compute_loss
 from tests.toy import arguments, gpt, rows, run_training, sequences, toy_run, weights

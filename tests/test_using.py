@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import list_checkpoints, lock
 from data import Data
 from distributed import open_world
+from rundir import list_checkpoints, lock
 from state import UsageError
 from tests.test_main import TINY
 from tests.toy import arguments, rows

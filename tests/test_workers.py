@@ -9,7 +9,8 @@ import torch
 
 from args import TrainArgs
 from collators import MaskedLMCollator, PaddingCollator, default_collator
-from data import Loader, build_data, keep_columns
+from data import build_data, keep_columns
+from loader import Loader
 from loss import logits_loss
 from state import UsageError
 from tests.toy import arguments, flat, gpt, run_training, sequences

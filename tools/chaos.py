@@ -41,7 +41,7 @@ import torch
 import torch._dynamo
 import torch.distributed.fsdp
 
-from checkpoint import list_checkpoints
+from rundir import list_checkpoints
 from tests.toy import rows, timeless
 from train import main as train_main
 from train import run_main

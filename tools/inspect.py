@@ -15,8 +15,9 @@ import sys
 import torch
 
 from args import TrainArgs
-from checkpoint import PartFiles, list_checkpoints, read_json, reading, show, verify
+from rundir import list_checkpoints, verify
 from state import run_main
+from storage import PartFiles, read_json, reading, show
 
 STEMS = {"model": "weights", "ema": "averaged weights", "optimizer": "optimizer state"}
 CHUNK_ELEMENTS = 2**22      # of each of two tensors that are compared at a time
