@@ -1,20 +1,35 @@
-"""What is put around a model to train it: noise on its embeddings, recomputed activations, compilation.
+"""What is put around a model to train it: low-rank adapters (LoRA) on a frozen, perhaps quantized base, noise on its embeddings,
+recomputed activations, compilation.
 
-All of it is applied in place before the model is wrapped, and leaves the names of parameters as they are.
+All of it is applied in place before the model is wrapped, and leaves the names of parameters as they are. Adapters are hooks on the
+layers that they change, which get two layers more, lora_A and lora_B: the names PEFT gives to them in its files.
 """
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from state import UsageError
+from storage import read_json, reading
+from zero import plain
+
+PEFT_PREFIX = "base_model.model."       # of every name in PEFT's files
+NUMBERED = re.compile(r"(?:^|\.)\d+\.")    # inside a numbered layer, such as blocks.0.up
 
 
 def adapt(model: nn.Module, args) -> None:
-    """Applies what the flags ask for: --neftune_noise_alpha, --activation_checkpointing, --torch_compile."""
+    """Applies what the flags ask for: --lora_rank and the like, --neftune_noise_alpha, --activation_checkpointing, --torch_compile."""
+    if args.lora_adapter is not None:
+        add_lora(model, Lora.from_peft(args.lora_adapter), args.lora_base)
+    elif args.lora_rank is not None:
+        add_lora(model, Lora.from_args(args), args.lora_base)
     if args.neftune_noise_alpha is not None:
         add_neftune(model, args.neftune_noise_alpha)
     if args.activation_checkpointing:
@@ -23,6 +38,201 @@ def adapt(model: nn.Module, args) -> None:
         model.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)   # in place: no _orig_mod
 
 
+# ---------------------------------------------------------------------------------------------------- LoRA
+@dataclass(frozen=True)
+class Lora:
+    """The settings of low-rank adapters, by PEFT's names: y = W x + b + scale * B A dropout(x), with A (r, in) and B (out, r).
+    Hu et al. 2021, section 4.1. With use_rslora the scale is alpha / sqrt(r) in place of alpha / r (Kalajdzievski 2023)."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None       # ends of names, or a pattern of whole names; None: linear layers inside numbered ones
+    modules_to_save: list[str] | None = None            # ends of names of what is trained as a whole, such as a new classifier
+    bias: str = "none"                                  # biases to train: none, all, or lora_only, those of the layers that have adapters
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @classmethod
+    def from_args(cls, args) -> Lora:
+        targets = args.lora_target_modules
+        if targets is not None and re.fullmatch(r"[\w., -]+", targets):
+            targets = names_in(targets)
+        return cls(args.lora_rank, args.lora_rank if args.lora_alpha is None else args.lora_alpha, args.lora_dropout, targets,
+                   names_in(args.lora_modules_to_save), args.lora_bias, args.use_rslora)
+
+    @classmethod
+    def from_peft(cls, path: str) -> Lora:
+        """The settings in the adapter_config.json of a folder. UsageError if it asks for what is not here, such as DoRA."""
+        with reading(path, "adapter_config.json"):
+            config = read_json(path, "adapter_config.json")
+            if config["peft_type"] != "LORA":
+                raise ValueError(f"it is of type {config['peft_type']!r:.50}, and LORA is all that is known here")
+            known = {key: value for key, value in config.items() if key in cls.__dataclass_fields__}
+            if strange := [f"{key}={value!r:.50}" for key, value in config.items() if value and key not in {*known, *PEFT_ONLY}]:
+                raise ValueError(f"these settings are not known here: {', '.join(strange)}")
+            if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+                raise ValueError("it was started from a changed base (init_lora_weights): convert it by PEFT first")
+            lora = cls(**known)
+            numbers = type(lora.r) is int and lora.r > 0 and all(isinstance(n, (int, float)) for n in (lora.lora_alpha, lora.lora_dropout))
+            if not numbers or lora.bias not in ("none", "all", "lora_only") or not isinstance(lora.target_modules, (list, str)):
+                raise ValueError(f"impossible values: {known!r:.300}")
+            return lora
+
+    def to_peft(self, model: nn.Module, base: str | None) -> dict:
+        """What adapter_config.json holds. Layers are named by the ends of their names, if these ends mean no other layers."""
+        names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+        targets: list[str] | str = sorted({name.rpartition(".")[2] for name in names})
+        if [name for name, _ in model.named_modules() if matches(name, targets)] != names:
+            targets = "|".join(map(re.escape, names))
+        return {**asdict(self), "target_modules": targets, "peft_type": "LORA", "base_model_name_or_path": base, "task_type": None,
+                "fan_in_fan_out": any(is_transposed(model.get_submodule(name)) for name in names), "inference_mode": True, "init_lora_weights": True}
+
+
+# what PEFT writes into every configuration, or what says nothing about the numbers
+PEFT_ONLY = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "init_lora_weights",
+             "fan_in_fan_out", "megatron_core", "qalora_group_size"}
+
+
+def names_in(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def matches(name: str, wanted: list[str] | str) -> bool:
+    """Whether a module is meant: by a pattern of its whole name, or by the end of it, as in PEFT."""
+    return re.fullmatch(wanted, name) is not None if isinstance(wanted, str) else any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def is_saved_whole(name: str, lora: Lora) -> bool:
+    """Whether a module is trained as a whole. PEFT goes by the last letters here: norm means input_layernorm too."""
+    return name.endswith(tuple(lora.modules_to_save or ()))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """transformers' Conv1D of GPT-2, a linear layer whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def find_targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
+    """The layers that get adapters, by name. UsageError for those that cannot have one, which would train nothing, or break a merge."""
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    uncalled = {*getattr(model, "uncalled", ()), *(f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))}
+    if lora.target_modules is None:
+        found = {name: module for name, module in linear.items() if NUMBERED.search(name) and name not in uncalled}
+    else:
+        found = {name: module for name, module in model.named_modules() if matches(name, lora.target_modules)}
+    found = {name: module for name, module in found.items() if not is_saved_whole(name, lora)}
+    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    for name, module in found.items():
+        problem = f"is a {type(module).__name__}, and adapters are for linear layers" if name not in linear else \
+            "is not called in the forward pass, which uses its weight directly" if name in uncalled else \
+            "shares its weight with another layer" if uses.count(id(module.weight)) > 1 else ""
+        if problem:
+            raise UsageError(f"--lora_target_modules {lora.target_modules}: {name} {problem}: name other layers")
+    if not found:
+        raise UsageError(f"--lora_target_modules {lora.target_modules}: the model has no such layer; its linear layers are {', '.join(linear) or 'none'}"[:2000])
+    return found
+
+
+def add_lora(model: nn.Module, lora: Lora, base: str = "float") -> None:
+    """Freezes the model and gives its target layers adapters, which start at nothing: A as PEFT draws it, B zero. base: "nf4" or "int8"
+    keep the frozen weights of these layers quantized (`quantize`)."""
+    targets = find_targets(model, lora)
+    model.requires_grad_(False)
+    for name, layer in targets.items():
+        rows, columns = reversed(layer.weight.shape) if is_transposed(layer) else layer.weight.shape
+        dtype, device = torch.promote_types(layer.weight.dtype, torch.float32), layer.weight.device
+        layer.lora_A = nn.Linear(columns, lora.r, bias=False, dtype=dtype, device=device)
+        layer.lora_B = Zeros(lora.r, rows, bias=False, dtype=dtype, device=device)
+        layer.lora_scale, layer.lora_dropout, layer.lora_merged = lora.scale, lora.lora_dropout, False
+        layer.register_forward_hook(add_update)
+        if lora.bias == "lora_only" and layer.bias is not None:
+            layer.bias.requires_grad_(True)
+        if base != "float":
+            quantize(layer, name, base)
+    for name, p in model.named_parameters():
+        if lora.bias == "all" and name.rpartition(".")[2] == "bias":
+            p.requires_grad_(True)
+    names = [name for name, _ in model.named_modules()]
+    if missing := [end for end in lora.modules_to_save or () if not any(name.endswith(end) for name in names)]:
+        raise UsageError(f"--lora_modules_to_save: the model has no module with a name that ends in {', '.join(missing)}")
+    for name in names:
+        if is_saved_whole(name, lora):
+            model.get_submodule(name).requires_grad_(True)
+    model.lora = lora
+
+
+class Zeros(nn.Linear):
+    """Starts at zero, from the meta device too."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+def add_update(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """What an adapter adds to the output of its layer."""
+    if layer.lora_merged:
+        return output
+    x = F.dropout(inputs[0].to(layer.lora_A.weight.dtype), layer.lora_dropout, layer.training)
+    return output + (layer.lora_B(layer.lora_A(x)) * layer.lora_scale).to(output.dtype)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, sign: int = 1) -> None:
+    """Adds the adapters into the weights of their layers, which then give the same outputs alone. sign -1 takes them out again: equal
+    to rounding. The model must be whole (not split by fsdp) and its base not quantized."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A") and layer.lora_merged == (sign < 0):
+            if len(plain(layer.weight)) > 1:
+                raise UsageError(f"{name}.weight is quantized: merge into the model as it was before (--lora_base float)")
+            update = layer.lora_B.weight @ layer.lora_A.weight * layer.lora_scale
+            layer.weight += sign * (update.T if is_transposed(layer) else update).to(layer.weight.dtype)
+            layer.lora_merged = sign > 0
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Leaves a model that had its adapters merged as it would be without them, all of it trainable."""
+    for layer in [module for module in model.modules() if hasattr(module, "lora_A")]:
+        del layer.lora_A, layer.lora_B
+        for key in [key for key, hook in layer._forward_hooks.items() if hook is add_update]:
+            del layer._forward_hooks[key]
+    del model.lora
+    model.requires_grad_(True)
+
+
+def adapter_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of all weights and buffers of a model with adapters, by name, what a checkpoint holds, by PEFT's names: what is trained, and
+    whatever belongs to modules_to_save. The base stays where it was."""
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    whole = [name for name, _ in model.named_modules() if is_saved_whole(name, model.lora)]
+    kept = {}
+    for name, tensor in weights.items():
+        module, _, key = name.rpartition(".")
+        if tensor.requires_grad or any(module == end or module.startswith(f"{end}.") for end in whole):
+            kept[PEFT_PREFIX + (f"{module}.base_layer.{key}" if module in adapted else name)] = tensor
+    return kept
+
+
+def quantize(layer: nn.Module, name: str, kind: str) -> None:
+    """Keeps a frozen weight in 4-bit NormalFloat, in blocks of 64 with a scale each that is quantized too (Dettmers et al. 2023, QLoRA,
+    section 3), or in 8 bits with a scale per row; by torchao. Scales are quantized by 16 and not by 256, so that shards can be cut there."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization.quantize_.workflows import to_nf4
+    problem = "a transposed layer" if is_transposed(layer) else "on the meta device, without numbers yet" if layer.weight.is_meta else \
+        f"of {layer.weight.numel()} numbers, no multiple of 64" if kind == "nf4" and layer.weight.numel() % 64 else ""
+    if problem:
+        raise UsageError(f"--lora_base {kind}: {name}.weight is {problem}: name other layers in --lora_target_modules, or use --lora_base float")
+    if kind == "nf4":
+        layer.weight = nn.Parameter(to_nf4(layer.weight.detach(), 64, math.gcd(layer.weight.numel() // 64, 16)), requires_grad=False)
+    else:
+        quantize_(layer, Int8WeightOnlyConfig())
+        layer.weight.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------- other changes to a model
 def add_neftune(model: nn.Module, alpha: float) -> None:
     """Uniform noise in +-alpha / sqrt(T * C) on the embeddings (B, T, C) while training: on what a transformers model names, or
     on the first nn.Embedding. Jain et al. 2023, algorithm 1."""

@@ -31,7 +31,8 @@ class TrainArgs:
     output_dir: str = arg("trainer_output", "folder of the run: checkpoints and metrics.jsonl")
     resume_from_checkpoint: str | None = arg(None, "True: newest checkpoint in output_dir, which must exist; auto: newest if there is one,"
                                              " else start; or the path of a checkpoint")
-    allow_change: str | None = arg(None, "what may differ from the resumed run all the same, with commas: names of flags, or data")
+    allow_change: str | None = arg(None, "what may differ from the resumed run all the same, with commas: names of flags, data, or weights"
+                                    " (load those that fit the model by name and shape)")
     seed: int = arg(42, "seed of weights, dropout and data order", 0, 2**31 - 1, fixed=True)
     data_seed: int | None = arg(None, "seed of the data order alone (default: seed)", 0, 2**31 - 1, fixed=True)
     max_time: str | None = arg(None, "HH:MM:SS, counted once the ranks have met, before which the run saves and stops (exit code 75)")
@@ -65,6 +66,19 @@ class TrainArgs:
     block_size: int = arg(128, "tokens per training sample", 1, 100_000_000, fixed=True)
     vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000, fixed=True)
     dropout: float = arg(0.0, "probability of dropping an activation while training", 0, 0.999)
+    model_name_or_path: str | None = arg(None, "start from these weights: a checkpoint of the built-in model, or in recipes that fine-tune a"
+                                         " transformers model, a folder or a name of the hub", fixed=True)
+    # -- adapters (adapters.py)
+    lora_rank: int | None = arg(None, "train only low-rank adapters (LoRA) of this rank, on a frozen model", 1, 100_000, fixed=True)
+    lora_alpha: float | None = arg(None, "their updates are scaled by alpha / rank (default: lora_rank)", 0, 1e6, fixed=True)
+    lora_dropout: float = arg(0.0, "probability of dropping an input of an adapter while training", 0, 0.999)
+    lora_target_modules: str | None = arg(None, "linear layers that get one: ends of their names, with commas, or a regular expression"
+                                          " of whole names (default: those inside numbered layers)", fixed=True)
+    lora_modules_to_save: str | None = arg(None, "ends of names of modules that are trained as a whole and saved with the adapters", fixed=True)
+    lora_bias: Literal["none", "all", "lora_only"] = arg("none", "biases to train: none, all, or those of layers with adapters", fixed=True)
+    use_rslora: bool = arg(False, "scale by alpha / sqrt(rank) instead", fixed=True)
+    lora_adapter: str | None = arg(None, "start from an adapter in PEFT's format, with its settings; a folder")
+    lora_base: Literal["float", "nf4", "int8"] = arg("float", "keep the frozen weights of layers with adapters in 4 or 8 bits (QLoRA); needs torchao", fixed=True)
     # -- how long and how much at a time
     num_train_epochs: float = arg(3.0, "passes over the data; fractions allowed", 0, 1e9)
     max_steps: int = arg(-1, "updates to train for; above 0 it overrides num_train_epochs", -1, 10**12)
@@ -158,6 +172,11 @@ class TrainArgs:
         return self.do_eval or self.trains and (self.eval_strategy != "no" or self.eval_on_start)
 
     @property
+    def allowed(self) -> list[str]:
+        """What --allow_change names."""
+        return (self.allow_change or "").split(",")
+
+    @property
     def label_columns(self) -> list[str]:
         """Those of --label_names; none if it is not given."""
         return [] if self.label_names is None else [name.strip() for name in self.label_names.split(",")]
@@ -186,7 +205,7 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "ddp_static_graph": "there is no graph to keep static", "ddp_broadcast_buffers": "saved buffers are always rank 0's", "local_rank": "torchrun sets it in the environment",
     "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "tokenizer_name": "the built-in data is bytes",
     "length_column_name": "--train_sampling_strategy group_by_length goes by the length of input_ids",
-    "model_name_or_path": "the model is built in model.py", "dispatch_batches": "each rank reads its own data",
+    "lora_r": "use --lora_rank", "use_peft peft": "use --lora_rank", "load_in_4bit": "use --lora_base nf4", "load_in_8bit": "use --lora_base int8", "dispatch_batches": "each rank reads its own data",
     "split_batches": "batch sizes are per rank", "accelerator_config": "batch sizes are per rank; see data.py", "adafactor": "use --optim",
     "average_tokens_across_devices": "the loss is always averaged over the items of all ranks", "push_to_hub_token": "log in with huggingface_hub",
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
@@ -363,8 +382,15 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
     need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
     fixed = [f.name for f in dataclasses.fields(a) if f.metadata["fixed"]]
-    for name in filter(None, (a.allow_change or "").split(",")):
-        need("allow_change", name in (*fixed, "data"), f"allow_change={name}: expected names out of {', '.join(fixed)}, data; other flags need no permission, and --optim never gets it")
+    for name in filter(None, a.allowed):
+        need("allow_change", name in (*fixed, "data", "weights"), f"allow_change={name}: expected names out of {', '.join(fixed)}, data, weights; other flags need no permission, and --optim never gets it")
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "lora_bias", "use_rslora"):
+        given = getattr(a, name) != TrainArgs.__dataclass_fields__[name].default
+        need(f"{name} lora_rank lora_adapter", not given or a.lora_rank is not None and a.lora_adapter is None,
+             f"--{name}: {'the settings of --lora_adapter are in its adapter_config.json' if a.lora_adapter else 'it needs --lora_rank'}")
+    need("lora_base lora_rank lora_adapter", a.lora_base == "float" or a.lora_rank is not None or a.lora_adapter is not None,
+         f"--lora_base {a.lora_base} is for weights that adapters leave frozen: give --lora_rank or --lora_adapter")
+    need("lora_base fp16_full_eval bf16_full_eval", a.lora_base == "float" or not full_eval, "--fp16_full_eval and --bf16_full_eval would cast the quantized --lora_base")
     for name in ("torch_compile_backend", "torch_compile_mode"):
         need(f"{name} torch_compile", a.torch_compile or getattr(a, name) is None, f"--{name} needs --torch_compile")
     if problems:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from distributed import World, local_part
 from state import Run, UsageError
+from zero import plain
 
 
 @dataclass
@@ -200,8 +201,9 @@ class CheckReplicas(Callback):
             return
         total = torch.zeros((), dtype=torch.int64)
         for p in model.parameters():
-            bits = local_part(p)[0].contiguous().view(-1).view(torch.uint8 if p.element_size() % 4 else torch.int32)
-            total = total * 31 + bits.sum().cpu()      # overflows as it likes
+            for part in plain(local_part(p)[0]):
+                bits = part.contiguous().view(-1).view(torch.uint8 if part.element_size() % 4 else torch.int32)
+                total = total * 31 + bits.sum().cpu()      # overflows as it likes
         found = [tuple(pair) for pair in self.world.gather(torch.stack([torch.tensor(self.shard), total])).tolist()]
         for rank, (shard, value) in enumerate(found):
             common = Counter(v for s, v in found if s == shard).most_common(1)[0][0]

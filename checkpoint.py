@@ -2,6 +2,7 @@
 
     model.safetensors      weights under the bare model's names; a tied weight once. Above 5 GB: model-00001-of-0000N.safetensors
                            and model.safetensors.index.json, as transformers names them
+    adapter_model.safetensors, adapter_config.json   in its place, of a model with adapters: only what is trained, in PEFT's format
     optimizer-R.safetensors  optimizer state that rank R holds, "parameter name.state name"; of a parameter that is split over
                            ranks with the range of its flattened elements, "parameter name.state name[start:stop]"
     ema-R.safetensors      averaged weights, with --ema_decay, by parameter name and range
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -34,6 +36,7 @@ from types import NoneType
 import torch
 from torch import Tensor, nn
 
+from adapters import adapter_weights
 from args import changed_args
 from distributed import local_part, rng_state, set_rng_state, set_seed
 from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
@@ -199,14 +202,19 @@ class Saver:
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own weights by name, whole or sharded. One with two names (tied) is kept under the first."""
+    """The model's own weights by the names they have in files, whole or sharded. One with two names (tied) is kept under the first. Of a
+    model with adapters: what is trained (adapters.py)."""
     weights: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             weights[name] = tensor
         seen.add(id(tensor))
-    return weights
+    return adapter_weights(model, weights) if hasattr(model, "lora") else weights
+
+
+def weights_stem(model: nn.Module) -> str:
+    return "adapter_model" if hasattr(model, "lora") else "model"
 
 
 def plan_weights(run: Run) -> dict[str, FilePlan]:
@@ -219,7 +227,8 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
             size = 0
         files[-1][name] = tensor
         size, total = size + nbytes, total + nbytes
-    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else ["model.safetensors"]
+    stem = weights_stem(run.model)
+    names = [f"{stem}-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else [f"{stem}.safetensors"]
     plans = {}
     for name, weights in zip(names, files):
         sharded = {key for key, tensor in weights.items() if hasattr(tensor, "to_local")}
@@ -227,7 +236,7 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
         if sharded or run.world.writes:
             plans[name] = plan_tensors(weights, mine, bool(sharded))
     if len(files) > 1 and run.world.writes:
-        plans["model.safetensors.index.json"] = plan_json({"metadata": {"total_size": total}, "weight_map": {
+        plans[f"{stem}.safetensors.index.json"] = plan_json({"metadata": {"total_size": total}, "weight_map": {
             key: name for name, weights in zip(names, files) for key in weights}})
     return plans
 
@@ -244,6 +253,8 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
         files[f"ema-{world.rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
     if world.writes:
         files["args.json"] = plan_json(args.to_dict())
+        if hasattr(run.model, "lora"):
+            files["adapter_config.json"] = plan_json(run.model.lora.to_peft(run.model, args.model_name_or_path))
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
         optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
         files["state.json"] = plan_json({"state": run.state.to_dict(), "optimizer": optimizer, "callbacks": run.callbacks.states(),
@@ -300,7 +311,7 @@ def load_state(path: str | None, args, data: str) -> TrainState:
     if state.data != data:
         changes.append(("the training data", show(state.data), data, "data"))
         state.data = data
-    refused = [change for change in changes if change[3] not in (args.allow_change or "").split(",")]
+    refused = [change for change in changes if change[3] not in args.allowed]
     if refused:
         raise UsageError(f"{path} is of a run with " + "; ".join(f"{what} {old}, not {new}" for what, old, new, _ in refused)
                          + ": it would go on as a different one. Give what it was trained with, or start a new run; to go on all the "
@@ -313,10 +324,10 @@ def load_checkpoint(run: Run, path: str) -> None:
 
     The flags given now stay as they are; what differs from the checkpoint's is printed. Raises UsageError (exit code 3)
     if the tensors are not those of this run's model and optimizer."""
-    load_weights(run, path)
+    left = load_weights(run, path)
     with reading(path, "state.json"):
         stored = read_json(path, "state.json")
-        load_optimizer(run, path, stored["optimizer"])
+        load_optimizer(run, path, stored["optimizer"], left)
         run.callbacks.load_states(stored["callbacks"])
         ranks = stored["world_size"]
         if not alike(ranks, 1):
@@ -343,19 +354,25 @@ def load_checkpoint(run: Run, path: str) -> None:
         set_seed(run.args.seed + run.world.rank + run.state.global_step)
 
 
-def load_weights(run: Run, path: str) -> None:
-    """The weights of a checkpoint and, where it has them, their averages: for --ema_decay, or to be evaluated in their place."""
-    load_model(run.model, path)
+def load_weights(run: Run, path: str) -> set[Tensor]:
+    """The weights of a checkpoint and, where it has them, their averages: for --ema_decay, or to be evaluated in their place. Returns the
+    weights that --allow_change weights has left as they were, since the file has none for them."""
+    left, problems = load_model(run.model, path, partly="weights" in run.args.allowed)
+    if problems and run.world.is_main:
+        print(f"warning: {path} does not fit the model everywhere, and --allow_change weights goes on:\n  " + "\n  ".join(problems), file=sys.stderr)
     run.parallel.adopt()
-    with PartFiles(path, "ema") as averages, PartFiles(path, "model") as weights:       # without averages they start at the weights
-        if run.ema is not None or averages.names and not run.args.trains:
-            files = averages if averages.names else weights
+    with PartFiles(path, "ema") as averages, torch.no_grad():
+        if run.ema is not None:
+            run.ema.restart()       # without averages they start at the weights
+        if averages.names and (run.ema is not None or not run.args.trains):
             for part in run.parallel.parts if run.ema is None else run.ema.parts:
-                with reading(path, files.name):
-                    check_state(part.name, files.found[part.name], part)
-                    files.fill(part.name, part.start, part.piece.detach())
+                if run.parallel.trained[part.name] not in left:
+                    with reading(path, averages.name):
+                        check_state(part.name, averages.found[part.name], part)
+                        averages.fill(part.name, part.start, part.piece.detach())
             if run.ema is None:
                 run.parallel.gather()
+    return left
 
 
 def load_best(run: Run) -> None:
@@ -374,11 +391,11 @@ def load_best(run: Run) -> None:
 
 def load_for_evaluation(run: Run, path: str) -> None:
     """What an evaluation needs of a checkpoint."""
-    load_weights(run, path)
+    left = load_weights(run, path)
     with reading(path, "state.json"):
         stored = read_json(path, "state.json")["optimizer"]
         if stored["evaluates"]:     # a schedule-free one makes the weights to evaluate out of its state
-            load_optimizer(run, path, stored)
+            load_optimizer(run, path, stored, left)
     if run.world.is_main:
         print(f"weights of {path}")
         with reading(path, "args.json"):
@@ -395,17 +412,33 @@ def copy_history(source: str, run: Run) -> None:
             copy.write(file.read(min(run.state.log_bytes, os.path.getsize(log))))
 
 
-def load_model(model: nn.Module, path: str) -> None:
-    """Loads the weights of a checkpoint folder into a bare model, each rank its own part; names and shapes must match."""
-    weights = model_weights(model)
-    with PartFiles(path, "model") as files, reading(path, files.name), torch.no_grad():
-        check_tensors(path, {k: tuple(v.shape) for k, v in weights.items()}, {k: files.shape(k) for k in files.found})
-        for name, tensor in weights.items():
-            local, start = local_part(tensor)
-            files.fill(name, start, local)
+def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[Tensor], list[str]]:
+    """Loads the weights of a checkpoint folder into a bare model, each rank its own part. Names and shapes must match; partly: those that
+    do not are left alone. Returns these weights, and what was wrong, a line each."""
+    weights, stem = model_weights(model), weights_stem(model)
+    with PartFiles(path, stem) as files, reading(path, files.name), torch.no_grad():
+        if not files.names:
+            other = {"model": "it holds adapters: give the --lora_rank and the other settings they were trained with",
+                     "adapter_model": "it holds whole weights: give it as --model_name_or_path, and leave --lora_rank and --lora_adapter away to go on with all of them"}
+            raise ValueError(other[stem] if any("model" in name for name in os.listdir(path)) else "it is missing")
+        wanted = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        found = {key: files.shape(key) for key in files.found if not re.search(r"\.(original_module|modules_to_save)\.", key)}     # PEFT's copies
+        problems = [f"{show(key)}: {show(found[key]) if key in found else 'missing'} in the file, {wanted.get(key, 'nothing')} in the model"
+                    for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+        if problems and not partly:
+            more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise UsageError(f"{os.path.join(path, files.name)} is of another model; give the model flags it was trained with, or to load what fits "
+                             f"--allow_change weights:\n  " + "\n  ".join(problems[:10]) + more, 3)
+        left = {tensor for key, tensor in weights.items() if wanted[key] != found.get(key)}
+        for key, tensor in weights.items():
+            if tensor not in left:
+                local, start = local_part(tensor)
+                files.fill(key, start, local)
+    return left, problems
 
 
-def load_optimizer(run: Run, path: str, stored: dict) -> None:
+def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None:
+    """left: weights that did not come from the checkpoint, whose states start anew."""
     optimizer, held = run.optimizer, run.parallel.parts
     if stored["class"] != type(optimizer).__name__:
         raise UsageError(f"{path} holds the state of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
@@ -422,14 +455,14 @@ def load_optimizer(run: Run, path: str, stored: dict) -> None:
         names: dict[str, list[str]] = {}     # of what was saved for each parameter
         for name in sorted(files.found.keys() | files.numbers.keys()):
             names.setdefault(name.rpartition(".")[0], []).append(name)
-        if unknown := sorted(names.keys() - trained):
+        if (unknown := sorted(names.keys() - trained)) and "weights" not in run.args.allowed:
             raise ValueError(f"it has states of parameters that this run does not train: {unknown[:10]}")
-        for part in held:
+        for part in (part for part in held if run.parallel.trained[part.name] not in left):
             for name in names.get(part.name, ()):
                 check_state(name, [] if name in files.numbers else files.found[name], part, part.piece in whole, part.piece in known)
                 states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else files.read(name, part)
         for group in optimizer.param_groups:
-            if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1:
+            if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1 and not left:
                 raise ValueError("some parameters have states that others lack")
     packed = optimizer.state_dict()   # its groups hold the flags given now
     pieces = [p for group in optimizer.param_groups for p in group["params"]]
@@ -458,13 +491,3 @@ def check_state(name: str, stored: list[Stored], part: Part, whole: bool = False
             fits &= like or single or whole and piece.stop is None
     if not fits:
         raise ValueError(f"{show(name)} does not fit a parameter of shape {tuple(part.shape)}")
-
-
-def check_tensors(path: str, expected: dict, found: dict) -> None:
-    problems = [f"{show(key)}: {show(tuple(found[key])) if key in found else 'missing'} in the file, "
-                f"{tuple(expected[key]) if key in expected else 'nothing'} in the model"
-                for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UsageError(f"{path}/model.safetensors is of another model; give the model flags it was trained with:\n  "
-                         + "\n  ".join(problems[:10]) + more, 3)

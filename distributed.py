@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from state import UsageError
-from zero import DataParallel, Parallel, share, whole_parameters
+from zero import DataParallel, Parallel, plain, share, whole_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -357,7 +357,8 @@ class FullySharded(Parallel):
         on_meta = any(p.is_meta for p in model.parameters())
         if not on_meta:
             for p in model.parameters():
-                p.data = p.data.contiguous()
+                if len(plain(p)) == 1:
+                    p.data = p.data.contiguous()
             share([*model.parameters(), *model.buffers()])
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         options = {"mesh": world.device_mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
@@ -480,6 +481,8 @@ class Exchange:
 def check_shardable(model: nn.Module, units: list[nn.Module], args) -> None:
     """What fully_shard cannot take, in our words."""
     problems = [f"{name} is {'a single number' if p.ndim == 0 else 'empty'}" for name, p in model.named_parameters() if p.ndim == 0 or not p.numel()]
+    problems += [f"{name} is quantized ({type(p).__name__}), which cannot be cut" for name, p in model.named_parameters()
+                 if len(plain(p)) > 1 and not hasattr(p, "fsdp_pre_all_gather")]
     home = {module: unit for unit in [model, *units[::-1]] for module in unit.modules()}     # the innermost unit of each
     first: dict[Tensor, nn.Module] = {}
     for name, module in model.named_modules():

@@ -175,6 +175,11 @@ class EMA:
         self.trained = [part.piece for part in parts]
         self.average = get_ema_multi_avg_fn(decay)
 
+    def restart(self) -> None:
+        """From the weights as they are."""
+        for part, p in zip(self.parts, self.trained):
+            part.piece.copy_(p.detach())
+
     def update(self) -> None:
         averages = [part.piece for part in self.parts]
         self.average(averages, [p.detach().to(a.dtype) for p, a in zip(self.trained, averages)], None)

@@ -11,7 +11,7 @@ import torch
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
 from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressCallback
-from checkpoint import load_checkpoint, load_for_evaluation, load_state
+from checkpoint import load_checkpoint, load_for_evaluation, load_state, load_weights
 from collators import default_collator
 from data import build_data, keep_columns
 from distributed import World, build_on, open_world, parallelize, set_seed
@@ -117,6 +117,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*watching, *callbacks]),
               None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay))
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
+    if args.lora_adapter is not None and checkpoint is None:
+        load_weights(run, args.lora_adapter)
     if not args.trains:
         load_for_evaluation(run, checkpoint)
     elif checkpoint is not None:

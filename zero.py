@@ -256,7 +256,15 @@ class DataParallel(Parallel):
 def share(tensors: list[Tensor]) -> None:
     """Gives every rank what rank 0 has."""
     for tensor in tensors:
-        dist.broadcast(tensor.detach(), 0)
+        for part in plain(tensor):
+            dist.broadcast(part.detach(), 0)
+
+
+def plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the numbers of one: itself, or what a quantized one is made of."""
+    if not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local"):     # to_local: a DTensor
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in plain(getattr(tensor, name))]
 
 
 def whole_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
