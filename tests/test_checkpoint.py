@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from callbacks import Callback, CheckReplicas
 from checkpoint import Saver
@@ -22,7 +23,7 @@ from loss import compute_loss
 from rundir import checksum, list_checkpoints, verify
 from state import UsageError
 from tests.test_resume import SETTINGS, cut, finish, interrupted
-from tests.toy import arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run
+from tests.toy import Numbers, arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run
 
 ROOT = Path(__file__).parent.parent
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -514,3 +515,40 @@ def flip(model):
 def test_a_flipped_bit_in_one_replica_is_found_and_its_rank_named(ranks, tmp_path):
     assert ranks.run(3, diverging, tmp_path, "ddp") == [(4, "update 4: rank 2 holds other weights", 4)] * 3
     assert ranks.run(3, diverging, tmp_path / "fsdp", "fsdp") == [None] * 3     # there is only one of each
+
+
+class Plain(torch.nn.Module):
+    """A model whose layers can be named, shaped and left away as a test wants."""
+
+    def __init__(self, **sizes: int):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, size in sizes.items():
+            setattr(self, name, torch.nn.Linear(1, size, dtype=torch.float64))
+
+    def forward(self, x):
+        return sum(layer(x).sum() for layer in self.children())
+
+
+def plain_run(output_dir, sizes: dict, resume=None, **changes):
+    args = arguments(output_dir, max_steps=4, save_strategy="steps", save_steps=2, ema_decay=0.9, resume_from_checkpoint=resume, **changes)
+    return run_training(args, lambda model, batch: model(batch["x"].double()).square(), model=Plain(**sizes), train_set=Numbers(10))
+
+
+@pytest.mark.parametrize("sizes, said", [({"a": 2, "b": 3, "c": 1}, ["c.weight: missing in the file, (1, 1) in the model", "c.bias"]),      # missing in the file
+                                         ({"a": 2, "z": 3}, ["z.weight: missing", "b.weight: (3, 1) in the file, nothing in the model"]),      # renamed
+                                         ({"a": 2, "b": 4}, ["b.weight: (3, 1) in the file, (4, 1) in the model", "b.bias: (3,)"])])      # of another shape
+def test_weights_that_do_not_fit_are_refused_by_name_unless_the_flag_says_to_go_on(sizes, said, tmp_path, capsys):
+    plain_run(tmp_path / "run", {"a": 2, "b": 3})
+    checkpoint = str(tmp_path / "run/checkpoint-2")
+    with pytest.raises(UsageError) as error:
+        plain_run(tmp_path / "refused", sizes, checkpoint)
+    assert error.value.exit_code == 3 and all(part in str(error.value) for part in [*said, "--allow_change weights"])
+    run = plain_run(tmp_path / "taken", sizes, checkpoint, allow_change="weights", learning_rate=0.0)
+    assert all(part in capsys.readouterr().err for part in said[:1])
+    fits = load_file(f"{checkpoint}/model.safetensors")
+    for name, p in run.model.named_parameters():
+        start = fits[name] if name in fits and fits[name].shape == p.shape else Plain(**sizes).get_parameter(name)
+        assert torch.equal(p, start.detach()), name
+    moments = {part.name: run.optimizer.state[part.piece]["step"].item() for part in run.parallel.parts}
+    assert moments["a.weight"] == 4 and moments[said[0].partition(":")[0]] == 2      # the one that is new has none of before

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters import Lora, add_lora
 from args import TrainArgs
 from checkpoint import load_model
 from model import GPT, Cache, build_model
@@ -33,7 +34,10 @@ def main(argv: list[str] | None = None) -> str:
         flags.checkpoint = os.path.join(flags.checkpoint, f"checkpoint-{steps[0]}")
     verify(flags.checkpoint)
     known = TrainArgs().to_dict().keys()
-    model = build_model(TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known}))
+    args = TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known})
+    model = build_model(args)
+    if os.path.exists(os.path.join(flags.checkpoint, "adapter_config.json")):
+        add_lora(model, Lora.from_peft(flags.checkpoint), args.lora_base)
     load_model(model, flags.checkpoint)
     with PartFiles(flags.checkpoint, "ema") as averages:       # what evaluations saw, if there are any
         for name, p in model.named_parameters():

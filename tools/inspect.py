@@ -19,7 +19,7 @@ from rundir import list_checkpoints, verify
 from state import run_main
 from storage import PartFiles, read_json, reading, show
 
-STEMS = {"model": "weights", "ema": "averaged weights", "optimizer": "optimizer state"}
+STEMS = {"model": "weights", "adapter_model": "adapters", "ema": "averaged weights", "optimizer": "optimizer state"}
 CHUNK_ELEMENTS = 2**22      # of each of two tensors that are compared at a time
 NOT_STATE = ("--", "world_size", "state.log_bytes")     # beginnings of names: settings, who saved it, how long the rows with speeds were
 
