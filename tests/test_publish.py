@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import train
-from checkpoint import checksum
 from data import Data
 from evalloop import likeliest
+from rundir import checksum
 from state import UsageError
 from tests.hub import Hub
 from tests.toy import arguments, gpt, rows, run_training, sequences

@@ -23,8 +23,10 @@ import re
 import stat
 from collections.abc import Iterator
 
-from checkpoint import PartFiles, list_checkpoints, read_json, reading, show, verify
+from rundir import list_checkpoints, verify
 from state import UsageError, run_main
+from storage import PartFiles, read_json, reading, show
+from tools.corpora import PRETRAINED
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 NEEDED = {"config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -161,8 +163,8 @@ def metadata(library: str, base: str | None, datasets: list[str], tested_on: str
 
 
 def hub_name(value) -> str | None:
-    """What can only be a name on the hub: a path tells about this machine, and nothing to others."""
-    return value if value and HUB_NAME.fullmatch(value) and not os.path.splitext(value)[1] and not os.path.exists(value) else None
+    """What can only be a name on the hub: a path or a package tells about this machine, and nothing to others."""
+    return value if value and value not in PRETRAINED and HUB_NAME.fullmatch(value) and not os.path.splitext(value)[1] and not os.path.exists(value) else None
 
 
 def hyperparameters(args: dict, ranks: int, optimizer: str) -> dict[str, str]:
