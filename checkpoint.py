@@ -9,6 +9,8 @@
     rng-R.json             random number generators of rank R: python, numpy, torch, cuda
     state.json             TrainState, callbacks, loss scale, the state of a plateau schedule, and the world size that wrote it
     args.json              the run's arguments
+    config.json, ...       of a transformers model its configuration, and the files of the run's tokenizer, if it has one: then
+                           from_pretrained takes the folder
     manifest.json          written last: versions, size and SHA-256 of every other file, and the SHA-256 of this list itself
 
 Ranks write at the same time, each what it holds: its optimizer state into a file of its own, its shards of the weights to their
@@ -21,6 +23,7 @@ storage.py has the files themselves, rundir.py which folders are complete, and w
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -28,6 +31,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +47,7 @@ from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
 from schedules import Plateau
 from state import Run, TrainState, UsageError
 from storage import (
+    PLAIN_NAME,
     FilePlan,
     PartFiles,
     Stored,
@@ -156,11 +161,9 @@ class Saver:
         final, replaced = (os.path.join(args.output_dir, f"{prefix}checkpoint-{self.step}") for prefix in ("", "replaced-"))
         with world.writing(self.tmp):
             if world.writes:
-                manifest = {"format": FORMAT, "step": self.step, "only_model": args.save_only_model, "torch": torch.__version__,
-                            "python": platform.python_version(),
-                            "files": {name: entry for node, files in described for name, entry in sorted(files.items())
-                                      if node == world.node or not args.save_on_each_node}}
-                write_file(os.path.join(self.tmp, "manifest.json"), plan_json(manifest | {"sha256": checksum(manifest)}))
+                files = {name: entry for node, files in described for name, entry in sorted(files.items())
+                         if node == world.node or not args.save_on_each_node}
+                write_file(os.path.join(self.tmp, "manifest.json"), plan_manifest(self.step, args.save_only_model, files))
                 sync(self.tmp)
         with world.writing(self.tmp):
             if world.writes:
@@ -199,6 +202,12 @@ class Saver:
                 raise
             if self.run.world.is_main:
                 print(f"warning: {error}; training goes on, and the next save is another try (--save_errors continue)", file=sys.stderr)
+
+
+def plan_manifest(step: int, only_model: bool, files: dict[str, dict]) -> FilePlan:
+    manifest = {"format": FORMAT, "step": step, "only_model": only_model, "torch": torch.__version__, "python": platform.python_version(),
+                "files": files}
+    return plan_json(manifest | {"sha256": checksum(manifest)})
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -256,11 +265,54 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
         if hasattr(run.model, "lora"):
             files["adapter_config.json"] = plan_json(run.model.lora.to_peft(run.model, args.model_name_or_path))
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
-        optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None}
-        files["state.json"] = plan_json({"state": run.state.to_dict(), "optimizer": optimizer, "callbacks": run.callbacks.states(),
+        optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None,
+                     "groups": run.parallel.groups, "settings": [plain_settings(group) for group in run.optimizer.param_groups]}
+        planned = {name: getattr(run.state, name) for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")}
+        more = run.state.global_step < run.state.max_steps       # then there is a next update, and this is its learning rate
+        planned["learning_rate"] = run.schedule(run.state.global_step - run.state.skipped_steps) if more else run.state.learning_rate
+        files |= plan_pretrained(run.model, run.processing_class)
+        files["state.json"] = plan_json({"state": run.state.to_dict(), "optimizer": optimizer, "planned": planned, "tied": tied_names(run.model), "callbacks": run.callbacks.states(),
                                          "scaler": run.precision.state_dict(), "world_size": world.world_size, "stream": run.state.stream,
                                          "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {}})
     return files
+
+
+def plain_settings(group: dict) -> dict:
+    """What a group of an optimizer says beside its parameters and the learning rate of an update, as far as JSON has it."""
+    def plain(value) -> bool:
+        return isinstance(value, (bool, int, float, str, NoneType)) or isinstance(value, (list, tuple)) and all(map(plain, value))
+    return {key: value for key, value in group.items() if key not in ("params", "lr") and plain(value)}
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """The other names of weights that have several, each with the one under which `model_weights` keeps it."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {name: kept for name, kept in names.items() if name != kept}
+
+
+def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
+    """What from_pretrained wants beside the weights: the configuration of a transformers model, and the files of a tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        if hasattr(getattr(model, "config", None), "to_json_string") and hasattr(model, "save_pretrained"):
+            config = copy.deepcopy(model.config)        # as save_pretrained of the model completes it; fully_shard has put a class in front
+            config.architectures = [next(cls.__name__ for cls in type(model).__mro__ if not hasattr(cls, "reshard"))]
+            config.dtype = model.dtype
+            config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+        return {name: read_plan(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+
+
+def read_plan(path: str) -> FilePlan:
+    """A small file as it is."""
+    if not os.path.isfile(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
+        raise UsageError(f"processing_class saves {os.path.basename(path)!r}, and a checkpoint holds only plain files, of names of letters, digits, and _.-")
+    with open(path, "rb") as file:
+        content = file.read()
+    return FilePlan(content, len(content), [])
 
 
 def name_part(part: Part, name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -307,7 +359,9 @@ def load_state(path: str | None, args, data: str) -> TrainState:
     if not args.trains:
         return state        # nothing goes on
     with reading(path, "args.json"):
-        changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in changed_args(read_json(path, "args.json"), args) if fixed]
+        changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in known_changes(path, args) if fixed]
+    if state.data == "":       # taken over from another trainer, which does not tell
+        state.data = data
     if state.data != data:
         changes.append(("the training data", show(state.data), data, "data"))
         state.data = data
@@ -317,6 +371,12 @@ def load_state(path: str | None, args, data: str) -> TrainState:
                          + ": it would go on as a different one. Give what it was trained with, or start a new run; to go on all the "
                          f"same, give --allow_change {','.join(dict.fromkeys(name for *_, name in changes))}")
     return state
+
+
+def known_changes(path: str, args) -> list[tuple]:
+    """What `changed_args` finds, of the settings that a checkpoint knows: one that was taken over from another trainer has few."""
+    saved = read_json(path, "args.json")
+    return [change for change in changed_args(saved, args) if change[0] in saved]
 
 
 def load_checkpoint(run: Run, path: str) -> None:
@@ -343,9 +403,9 @@ def load_checkpoint(run: Run, path: str) -> None:
         print(f"resuming from {path}: update {run.state.global_step} of {run.state.max_steps}")
         if ranks != run.world.world_size:
             print(f"  ranks: {ranks} -> {run.world.world_size}; random numbers start anew from the seed")
-        if (before := stored["state"]["samples_per_update"]) != run.state.samples_per_update:
+        if (before := stored["state"]["samples_per_update"]) not in (0, run.state.samples_per_update):      # 0: not known
             print(f"  samples per update: {before} -> {run.state.samples_per_update}")
-        for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
+        for name, old, new, _ in known_changes(path, run.args):
             print(f"  --{name}: {show(old)} -> {new}")
     if ranks == run.world.world_size:
         with reading(path, f"rng-{run.world.rank}.json"):
@@ -399,7 +459,7 @@ def load_for_evaluation(run: Run, path: str) -> None:
     if run.world.is_main:
         print(f"weights of {path}")
         with reading(path, "args.json"):
-            for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
+            for name, old, new, _ in known_changes(path, run.args):
                 if name in ("dataset", "dataset_config_name", "eval_dataset", "text_column", "block_size"):
                     print(f"note: it was trained with --{name} {show(old)}, and this is {new}: other data, and other blocks of it held out")
 

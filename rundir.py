@@ -21,7 +21,7 @@ from distributed import World
 from state import UsageError
 from storage import PLAIN_NAME, describe_file, read_json, reading, show
 
-FORMAT = 4     # of the folder, in its manifest
+FORMAT = 5     # of the folder, in its manifest
 LOCK_WAIT_S = 5                 # for a run that was killed a moment ago to be gone
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 
@@ -55,6 +55,9 @@ def find_checkpoint(args, world: World) -> str | None:
     if args.trains:
         world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
     for path in candidates:
+        if path == wanted and args.trains and world.gather_json(is_of_hf_trainer(path))[0]:
+            write_status(output_dir, world, job=job)
+            return path         # train.assemble takes it over, when it knows model and data
         problem, is_damaged = find_damage(path, world, args.save_on_each_node, only_model=not args.trains)
         if problem is None:
             with world.writing(output_dir):
@@ -173,6 +176,11 @@ def holds_run(output_dir: str) -> str:
 
 def unused_path(path: str) -> str:
     return unused_path(path + "+") if os.path.lexists(path) else path
+
+
+def is_of_hf_trainer(path: str) -> bool:
+    """Whether a folder is a checkpoint of the Hugging Face Trainer."""
+    return os.path.isfile(os.path.join(path, "trainer_state.json")) and not os.path.lexists(os.path.join(path, "manifest.json"))
 
 
 def find_damage(path: str, world: World, each_node: bool, only_model: bool = False) -> tuple[str | None, bool]:

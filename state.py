@@ -131,6 +131,7 @@ class Run:
     state: TrainState
     callbacks: Callbacks
     ema: EMA | None = None
+    processing_class: Any = None             # a tokenizer or the like, whose files go into checkpoints
 
 
 def run_main(function, *args) -> None:

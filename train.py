@@ -22,7 +22,7 @@ from loss import compute_loss
 from model import GPT, build_model
 from optim import EMA, build_optimizer
 from precision import Precision
-from rundir import find_checkpoint
+from rundir import find_checkpoint, find_damage, is_of_hf_trainer
 from schedules import build_schedule, notice
 from state import Run, UsageError, run_main
 from storage import reading
@@ -30,7 +30,7 @@ from storage import reading
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
          compute_metrics=None, predict_fn=None, preprocess_logits_for_metrics=None, callbacks=(), make_optimizer=build_optimizer,
-         make_schedule=build_schedule, train_step=train_step, flags: str = "", description: str = "Train a model.") -> Run:
+         make_schedule=build_schedule, train_step=train_step, processing_class=None, flags: str = "", description: str = "Train a model.") -> Run:
     """Trains, evaluates and predicts as the flags in argv say. The other arguments are the parts that a task of one's own replaces: see the
     function of that name in data.py, model.py, ..., `evaluate` for the ones of metrics, and `parse_args` for flags and description."""
     args = parse_args(argv, flags, description)               # args.py        one flat dataclass
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
             raise UsageError("--do_predict needs data to predict for: give --test_dataset or held-out data")
         model = build_on(world, lambda: build_model(args))    # model.py       <- your model
         run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, collate, callbacks, checkpoint, make_optimizer,
-                                                  make_schedule)
+                                                  make_schedule, processing_class)
         measures = {"compute_metrics": compute_metrics, "predict_fn": predict_fn, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
         if args.trains:
             print_summary(run, train_loader, eval_loader, data.about)
@@ -69,13 +69,13 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
 
 def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, eval_set=None, collate=default_collator,
              callbacks=(), checkpoint: str | None = "find", make_optimizer=build_optimizer,
-             make_schedule=build_schedule) -> tuple[Run, Loader | None, Loader | dict | None]:
+             make_schedule=build_schedule, processing_class=None) -> tuple[Run, Loader | None, Loader | dict | None]:
     """Puts a run together from any model and data sets, and resumes it if --resume_from_checkpoint says so.
 
     train_set, eval_set: map-style or iterable; eval_set may be a dict of several. collate: list of samples -> batch of tensors with
     num_items. callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said, None included, if it
     has been asked. make_optimizer: (bare model, args) -> optimizer. make_schedule: (args, updates of the run) -> function of the finished
-    updates that gives the learning rate. Returns the run and the loaders for train, evaluate, predict.
+    updates that gives the learning rate. processing_class: a tokenizer or the like, whose save_pretrained(folder) fills each checkpoint too. Returns the run and the loaders for train, evaluate, predict.
     With --do_eval or --do_predict and no --do_train the run has the weights of a checkpoint, and train_set is not looked at."""
     check_args(args)
     if checkpoint == "find":
@@ -85,6 +85,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     collate = collate or default_collator
     train_loader = make_loader(args, world, model, train_set, collate, train=True) if args.trains else None
     eval_loader = make_loader(args, world, model, eval_set, collate)
+    if args.trains and checkpoint is not None:
+        checkpoint = take_over(args, world, model, train_loader, checkpoint)
     state = load_state(checkpoint, args, train_loader.identity if args.trains else "")
     if args.trains:
         world.status["step"] = state.global_step
@@ -115,7 +117,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     parallel.shard(optimizer)                                 # zero.py        from here on it trains this rank's parts
     schedule = make_schedule(args, state.max_steps)           # schedules.py   <- your learning rate
     run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*watching, *callbacks]),
-              None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay))
+              None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay), processing_class)
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if args.lora_adapter is not None and checkpoint is None:
         load_weights(run, args.lora_adapter)
@@ -127,6 +129,25 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
         run.callbacks.open_log(run)
     run.callbacks.fire("on_init_end", run)
     return run, train_loader, eval_loader
+
+
+def take_over(args: TrainArgs, world: World, model: torch.nn.Module, loader: Loader, checkpoint: str) -> str:
+    """Makes a checkpoint of ours in output_dir out of one of the HF Trainer; any other path is as it was."""
+    if not world.gather_json(is_of_hf_trainer(checkpoint))[0]:
+        return checkpoint
+    if loader.num_samples is None:
+        raise UsageError(f"--resume_from_checkpoint {checkpoint} is of the HF Trainer, and does not tell a place in a stream: train on data with a length")
+    from tools.convert import from_hf
+    name = ""
+    with world.writing(args.output_dir):
+        if world.writes:
+            name = os.path.basename(from_hf(checkpoint, args.output_dir, model, loader.num_samples, args.dataloader_drop_last))
+    made = os.path.join(args.output_dir, world.gather_json(name)[0])
+    print0(world, f"{checkpoint} is of the HF Trainer: taken over as {made}")
+    problem, _ = find_damage(made, world, args.save_on_each_node)
+    if problem is not None:
+        raise UsageError(f"{made}: {problem}", 3)
+    return made
 
 
 def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, collate, train: bool = False) -> Loader | dict | None:

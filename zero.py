@@ -61,6 +61,7 @@ class Parallel:
     def __init__(self, model: nn.Module, world: World, split: bool = False, find_unused: bool = True):
         self.model, self.world, self.split, self.saves, self.find_unused = model, world, split, split or world.writes, find_unused
         self.parts: list[Part] = []
+        self.groups: list[list[str]] = []       # names of the parameters in the optimizer's groups, on all ranks together
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.used: set[str] = set()     # parameters that got a gradient in this window, on this rank
@@ -82,6 +83,8 @@ class Parallel:
         if self.split and optimizer.state:
             raise UsageError(f"{type(optimizer).__module__}.{type(optimizer).__name__} makes its state before training, so it cannot be "
                              f"split over ranks: use --strategy ddp")
+        name_of = {p: name for name, p in (self.trained | self.frozen).items()}
+        self.groups = [[name_of[p] for p in group["params"] if p in name_of] for group in optimizer.param_groups]
         self.parts = [Part(name, *pieces[name], p.shape) for name, p in self.trained.items() if name in pieces]
         if self.split:
             piece_of = {self.trained[part.name]: part.piece for part in self.parts}

@@ -1,0 +1,374 @@
+"""Checkpoints of the Hugging Face Trainer made from ours, and taken over as ours. Both go on with the next update, to the bit.
+
+    python -m tools.convert to-hf runs/a/checkpoint-500 hf/checkpoint-500        # then trainer.train(resume_from_checkpoint="hf/checkpoint-500")
+    python -m tools.convert from-hf hf/checkpoint-500 runs/b --num_samples 8000   # then --output_dir runs/b --resume_from_checkpoint True
+
+A run's folder stands for its newest checkpoint. AdamW and SGD; weights alone (--only_model) of any optimizer. Of a model that is not one of
+transformers, the HF Trainer's files do not say which optimizer state belongs to which parameter: give such a folder to
+--resume_from_checkpoint of the program that builds the model, which converts it too. Nothing is unpickled, training_args.bin never opened.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from checkpoint import check_tensors, model_weights, plain_settings, plan_manifest, read_plan, tied_names
+from optim import parameter_groups
+from rundir import holds_run, verify
+from state import TrainState, UsageError, run_main
+from storage import PLAIN_NAME, FilePlan, PartFiles, alike, plan_json, plan_tensors, read_json, reading, show, sync, write_file
+from tools.inspect import newest
+
+PLANNED = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+OURS = re.compile(r"(model|optimizer|ema|rng)(-.*)?\.(safetensors|json)|model\.safetensors\.index\.json|(state|args|manifest|config)\.json")
+BESIDE = re.compile(r"(?!trainer_state|model\.safetensors).*\.(json|txt|jinja|model)")      # configuration and tokenizer in a folder of the HF Trainer
+RNG = re.compile(r"rng_state(?:_(\d{1,6}))?\.pth")
+NUMPY = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]     # what a state of NumPy's generator is made of
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ways = parser.add_subparsers(dest="way", required=True)
+    there = ways.add_parser("to-hf", allow_abbrev=False, help="make a checkpoint of the HF Trainer")
+    there.add_argument("checkpoint", help="folder of a checkpoint, or of a run")
+    there.add_argument("folder", help="the folder to be made, best named checkpoint-N as ours")
+    there.add_argument("--only_model", action="store_true", help="weights, configuration and tokenizer, without the optimizer and random generators")
+    here = ways.add_parser("from-hf", allow_abbrev=False, help="make a run out of a checkpoint of the HF Trainer")
+    here.add_argument("folder", help="its checkpoint-N")
+    here.add_argument("output_dir", help="of the run to be made")
+    here.add_argument("--num_samples", type=int, help="of the training data; needed for a checkpoint from inside of an epoch")
+    here.add_argument("--dataloader_drop_last", action="store_true", help="if it was trained so")
+    flags = parser.parse_args(argv)
+    if flags.way == "to-hf":
+        to_hf(newest(flags.checkpoint), flags.folder, flags.only_model)
+        print(f"made {flags.folder}" + f"; to go on: trainer.train(resume_from_checkpoint={flags.folder!r})" * (not flags.only_model))
+    else:
+        made = from_hf(flags.folder, flags.output_dir, None, flags.num_samples, flags.dataloader_drop_last)
+        print(f"made {made}; to go on: --output_dir {flags.output_dir} --resume_from_checkpoint True")
+
+
+@contextlib.contextmanager
+def making(folder: str) -> Iterator[str]:
+    """A new folder to write into, which gets its name when everything in it is on the disk."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    tmp = os.path.join(parent, f"tmp-{name}")
+    for taken in (folder, tmp):
+        if os.path.lexists(taken):
+            raise UsageError(f"{taken} exists already: give another folder, or move that one away")
+    try:
+        os.makedirs(tmp)
+        yield tmp
+        for entry in os.listdir(tmp):
+            sync(os.path.join(tmp, entry))
+        sync(tmp)
+        os.rename(tmp, folder)
+        sync(parent)
+    except BaseException as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UsageError(f"{folder} cannot be written: {error}", 5) from None
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------- to the HF Trainer
+
+def to_hf(path: str, folder: str, only_model: bool = False) -> None:
+    """Makes `folder`, a checkpoint of the HF Trainer, out of the checkpoint `path` of any strategy and number of ranks.
+
+    Raises UsageError: exit code 2 if the folder exists or the HF Trainer has no such optimizer or schedule, 3 if `path` is not usable."""
+    manifest = verify(path)
+    with reading(path, "state.json"), making(folder) as tmp:
+        stored, args = read_json(path, "state.json"), read_json(path, "args.json")
+        if manifest["only_model"] and not only_model:
+            print(f"note: {path} holds weights alone (--save_only_model): so does {folder}, and the HF Trainer starts a new optimizer")
+        only_model = only_model or manifest["only_model"]
+        kind, schedule = stored["optimizer"]["class"], args.get("lr_scheduler_type")
+        if not only_model and (kind not in ("AdamW", "SGD") or schedule == "reduce_lr_on_plateau"):
+            what = f"the optimizer {show(kind)}" if kind not in ("AdamW", "SGD") else "the state of reduce_lr_on_plateau"
+            raise UsageError(f"{path}: {what} has no like in a checkpoint of the HF Trainer: give --only_model for the weights alone")
+        shapes = write_weights(path, tmp, stored["tied"])
+        for name in manifest["files"]:
+            if not OURS.fullmatch(name):
+                shutil.copyfile(os.path.join(path, name), os.path.join(tmp, name))
+        if not only_model:
+            write_optimizer(path, tmp, stored, args["learning_rate"], shapes)
+            for rank in range(stored["world_size"]):
+                name = "rng_state.pth" if stored["world_size"] == 1 else f"rng_state_{rank}.pth"
+                torch.save(read_rng(path, rank, stored["world_size"]), os.path.join(tmp, name))
+            if stored["scaler"]:
+                torch.save(stored["scaler"], os.path.join(tmp, "scaler.pt"))
+        progress = trainer_state(path, folder, stored, args)
+        with open(os.path.join(tmp, "trainer_state.json"), "w", encoding="utf-8") as file:
+            file.write(json.dumps(progress, indent=2, sort_keys=True) + "\n")
+
+
+def read_whole(files: PartFiles, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(shape, dtype=files.found[name][0].dtype)
+    files.fill(name, 0, tensor)
+    return tensor
+
+
+def write_weights(path: str, folder: str, tied: dict) -> dict[str, tuple[int, ...]]:
+    """Of a transformers model as its class saves them, of any other under all names of each. Returns the shapes by name."""
+    with PartFiles(path, "model") as files, reading(path, files.name):
+        weights = {name: read_whole(files, name, files.shape(name)) for name in files.found}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    weights |= {other: weights[name] for other, name in tied.items()}
+    if not os.path.exists(os.path.join(path, "config.json")):
+        from safetensors.torch import save_file
+        save_file({name: tensor.clone() if name in tied else tensor for name, tensor in weights.items()},
+                  os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        return shapes
+    with reading(path, "config.json"):
+        cls = find_class(path)
+        with torch.device("meta"):
+            model = cls(cls.config_class.from_pretrained(path))
+    with reading(path, "model.safetensors"):
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder)
+    return shapes
+
+
+def find_class(path: str):
+    """The class of transformers that a folder's config.json names."""
+    import transformers
+    names = read_json(path, "config.json").get("architectures") or [None]
+    cls = getattr(transformers, str(names[0]), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise TypeError(f"it names the class {show(names[0])}, which is no model of transformers")
+    return cls
+
+
+def write_optimizer(path: str, folder: str, stored: dict, learning_rate: float, shapes: dict) -> None:
+    """optimizer.pt and scheduler.pt. States have numbers there, which count the parameters through the groups."""
+    groups, settings, upcoming = stored["optimizer"]["groups"], stored["optimizer"]["settings"], stored["planned"]["learning_rate"]
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
+    states: dict[int, dict] = {number: {} for number in numbers.values()}
+    with PartFiles(path, "optimizer") as files, reading(path, files.name):
+        for full in (*files.found, *files.numbers):
+            name, _, key = full.rpartition(".")
+            cut = full in files.found and any(piece.stop is not None for piece in files.found[full])
+            states[numbers[name]][key] = files.numbers[full] if full in files.numbers else \
+                read_whole(files, full, shapes[name] if cut else files.shape(full))
+    scales = [group.get("lr_scale", 1.0) for group in settings]
+    packed = [{**{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}, "lr": upcoming * scale,
+               "initial_lr": learning_rate * scale, "params": [numbers[name] for name in names]}
+              for group, scale, names in zip(settings, scales, groups, strict=True)]
+    torch.save({"state": {number: state for number, state in states.items() if state}, "param_groups": packed}, os.path.join(folder, "optimizer.pt"))
+    applied = stored["state"]["global_step"] - stored["state"]["skipped_steps"]
+    torch.save({"base_lrs": [group["initial_lr"] for group in packed], "last_epoch": applied, "_step_count": applied + 1, "_is_initial": False,
+                "_get_lr_called_within_step": False, "_last_lr": [group["lr"] for group in packed], "lr_lambdas": [{} for _ in packed]},
+               os.path.join(folder, "scheduler.pt"))
+
+
+def read_rng(path: str, rank: int, ranks: int) -> dict:
+    with reading(path, f"rng-{rank}.json"):
+        saved = read_json(path, f"rng-{rank}.json")
+        (version, keys, gauss), (name, words, *rest) = saved["python"], saved["numpy"]
+        found = {"python": (version, tuple(keys), gauss), "numpy": (name, np.array(words, dtype=np.uint32), *rest),
+                 "cpu": torch.frombuffer(bytearray.fromhex(saved["torch"]), dtype=torch.uint8)}
+        if saved["cuda"] is not None:       # of several ranks each has a list of the states of all devices, and uses its own one
+            cuda = torch.frombuffer(bytearray.fromhex(saved["cuda"]), dtype=torch.uint8)
+            found["cuda"] = cuda if ranks == 1 else [cuda] * ranks
+        return found
+
+
+def trainer_state(path: str, folder: str, stored: dict, args: dict) -> dict:
+    state, log, rows = stored["state"], os.path.join(os.path.dirname(os.path.abspath(path)), "metrics.jsonl"), []
+    if os.path.exists(log):
+        with open(log, "rb") as file:
+            rows = [json.loads(line) for line in file.read(state["log_bytes"]).splitlines()]
+    elif state["log_bytes"]:
+        print(f"note: {log} is not there, so log_history is empty")
+    best = os.path.join(os.path.dirname(os.path.abspath(folder)), f"checkpoint-{state['best_global_step']}")
+    if state["best_global_step"] and best != os.path.abspath(folder) and not os.path.isdir(best):
+        print(f"note: {best}, the best update, is not there: best_model_checkpoint is null. Convert it first, to go on with it")
+        best = None
+    control = dict.fromkeys(("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log"), False)
+    callbacks: dict = {"TrainerControl": {"args": control, "attributes": {}}}
+    for name, kept in stored["callbacks"]:
+        callbacks[name] = kept if name not in callbacks else [*(callbacks[name] if isinstance(callbacks[name], list) else [callbacks[name]]), kept]
+    return {**{name: stored["planned"][name] for name in PLANNED},
+            **{name: state[name] for name in ("epoch", "global_step", "num_input_tokens_seen", "total_flos", "best_metric")},
+            "best_global_step": state["best_global_step"] or None, "best_model_checkpoint": best if state["best_global_step"] else None,
+            "train_batch_size": args["per_device_train_batch_size"], "log_history": rows, "stateful_callbacks": callbacks, "trial_name": None,
+            "trial_params": None, "is_local_process_zero": True, "is_world_process_zero": True, "is_hyper_param_search": False}
+
+
+# ---------------------------------------------------------------------------------------------------- from the HF Trainer
+
+def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_samples: int | None = None, drop_last: bool = False) -> str:
+    """Takes over `folder`, a checkpoint-N of the HF Trainer, as output_dir/checkpoint-N, with its log, and with the weights of the best
+    update if its checkpoint stands beside it. model: the run's bare one, which stays as it is; without one, it is built as config.json
+    says. num_samples: of the training data, which gives the place in it. Returns the path of the checkpoint.
+
+    Raises UsageError: exit code 2 if output_dir holds a run or num_samples is missing or does not fit, 3 if `folder` is not usable."""
+    if found := holds_run(output_dir):
+        raise UsageError(f"{output_dir} already holds a run ({found}): give a new folder")
+    ranks = len([name for name in os.listdir(folder) if RNG.fullmatch(name)]) if os.path.isdir(folder) else 0
+    if not ranks:
+        raise UsageError(f"{folder} has no rng_state.pth: it is no checkpoint of the HF Trainer, or holds weights alone, and no run can go on from it", 3)
+    with reading(folder, "trainer_state.json"):
+        theirs = read_json(folder, "trainer_state.json")
+        rows, step, batch = theirs.get("log_history") or [], theirs["global_step"], theirs["train_batch_size"]
+        if not all(alike(number, 0) for number in (step, batch)) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("impossible values: global_step, train_batch_size or log_history")
+        log = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        epochs_done, samples_seen = find_position(theirs, num_samples, batch * ranks, drop_last)
+    weights, like = read_weights(folder, model)
+    kind, groups, settings, tensors = read_optimizer(folder, like)
+    with reading(folder, "scheduler.pt"):
+        schedule = load_plain(folder, "scheduler.pt")
+        if "num_bad_epochs" in schedule or not alike(schedule["last_epoch"], 0) or schedule["last_epoch"] > step:
+            raise ValueError("it is of reduce_lr_on_plateau, which is not taken over" if "num_bad_epochs" in schedule else
+                             f"it has made {show(schedule['last_epoch'])} of {step} updates")
+        known = {"per_device_train_batch_size": batch, "learning_rate": schedule["base_lrs"][0], "weight_decay": settings[0]["weight_decay"]}
+    best = theirs.get("best_global_step") or 0
+    best_folder = os.path.join(os.path.dirname(os.path.abspath(folder)), f"checkpoint-{best}")
+    last, per_epoch = next((row for row in reversed(rows) if "learning_rate" in row), {}), num_samples or 0
+    state = TrainState(
+        global_step=step, skipped_steps=step - schedule["last_epoch"], recent_skipped_steps=step - schedule["last_epoch"], last_logged_step=step,
+        epochs_done=epochs_done, samples_seen=samples_seen, total_samples=samples_seen + epochs_done * (per_epoch - per_epoch % (batch * ranks) * drop_last),
+        learning_rate=last.get("learning_rate", 0.0), grad_norm=last.get("grad_norm"), log_bytes=len(log), best_metric=theirs.get("best_metric"),
+        best_global_step=best, best_saved_step=best if best == step or best and os.path.isdir(best_folder) else 0,
+        **{name: theirs.get(name, 0) for name in ("epoch", "num_input_tokens_seen", "total_flos")})
+    callbacks = [[name, kept] for name, several in theirs.get("stateful_callbacks", {}).items() if name != "TrainerControl"
+                 for kept in (several if isinstance(several, list) else [several]) if kept.get("attributes")]
+    scaler = load_plain(folder, "scaler.pt") if os.path.exists(os.path.join(folder, "scaler.pt")) else {}
+    content = {"state": state.to_dict(), "callbacks": callbacks, "scaler": scaler, "world_size": ranks, "stream": None, "schedule": {},
+               "optimizer": {"class": kind, "evaluates": False, "extra": None, "groups": groups, "settings": settings}, "tied": tied_names(like),
+               "planned": {**{name: theirs.get(name, 0) for name in PLANNED}, "learning_rate": schedule["_last_lr"][0]}}
+    final, best_final = (os.path.join(output_dir, f"checkpoint-{number}") for number in (step, best))
+    with making(final) as tmp:
+        files = {f"rng-{rank}.json": plan_json(load_rng(folder, rank, ranks)) for rank in range(ranks)}
+        write_checkpoint(folder, tmp, weights, content, known, {**files, "optimizer-0.safetensors": plan_tensors(tensors, numbers="{}")})
+        if state.best_saved_step not in (0, step):
+            del weights, tensors
+            with making(best_final) as other:
+                content["state"] |= {"global_step": best, "log_bytes": 0}
+                write_checkpoint(best_folder, other, read_weights(best_folder, model)[0], content, known)
+        with open(os.path.join(output_dir, "metrics.jsonl"), "wb") as file:
+            file.write(log)
+        sync(os.path.join(output_dir, "metrics.jsonl"))
+    return final
+
+
+def find_position(theirs: dict, num_samples: int | None, round_size: int, drop_last: bool) -> tuple[int, int]:
+    """(whole passes over the data, samples seen in the one that is going on). round_size: samples of all ranks in one round of micro-batches."""
+    if theirs.get("num_train_epochs") == sys.maxsize:
+        raise UsageError("its training data is a stream, in which the HF Trainer's checkpoint gives no place: only data with a length is taken over")
+    epochs_done, fraction = int(theirs["epoch"]), theirs["epoch"] % 1
+    if not fraction:
+        return epochs_done, 0
+    if num_samples is None:
+        raise UsageError(f"it is from inside of an epoch ({theirs['epoch']}): give --num_samples, the number of samples of the training data")
+    rounds = num_samples // round_size if drop_last else -(-num_samples // round_size)
+    done = fraction * rounds
+    if abs(done - round(done)) > 1e-6:
+        raise UsageError(f"epoch {theirs['epoch']} is no whole number of micro-batches: {num_samples} samples are {rounds} rounds of {round_size}, and {done:.6g} "
+                         f"of them would be done; give the data that it was trained on")
+    return epochs_done, round(done) * round_size
+
+
+def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor], nn.Module]:
+    """The weights under the names they have in memory, and a model that has these names: the run's, if it is given."""
+    index = "model.safetensors.index.json"
+    if os.path.exists(os.path.join(folder, index)):
+        with reading(folder, index):
+            for name in {*read_json(folder, index)["weight_map"].values()}:
+                if not PLAIN_NAME.fullmatch(name) or not os.path.isfile(os.path.join(folder, name)):
+                    raise ValueError(f"it names {show(name)}, which is no file beside it")
+    elif not os.path.exists(os.path.join(folder, "model.safetensors")):
+        raise UsageError(f"{folder} has no model.safetensors: other forms of weights are not taken over", 3)
+    if hasattr(model, "save_pretrained") or model is None and os.path.exists(os.path.join(folder, "config.json")):
+        with reading(folder, "config.json"):
+            cls = find_class(folder) if model is None else type(model)
+            loaded, info = cls.from_pretrained(folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, local_files_only=True)
+        if problems := [f"{what.replace('_', ' ')}: {', '.join(sorted(show(key) for key in info[what]))}" for what in info if info[what]]:
+            raise UsageError(f"{folder}/model.safetensors is not of this {cls.__name__}: {'; '.join(problems):.1000}", 3)
+        return {name: tensor.detach() for name, tensor in model_weights(loaded).items()}, loaded if model is None else model
+    if model is None:
+        raise UsageError(f"{folder} has no config.json: only the program that builds its model knows which state belongs to which parameter; give that one "
+                         f"--resume_from_checkpoint {folder}")
+    with PartFiles(folder, "model") as files, reading(folder, files.name):
+        weights = {name: read_whole(files, name, files.shape(name)) for name in files.found}
+    for other, name in tied_names(model).items():       # the file has one of the names, or both
+        if other in weights and not torch.equal(weights[other], weights.setdefault(name, weights[other])):
+            raise UsageError(f"{folder}: {other} and {name} are one weight of the model, and two in the file", 3)
+        weights.pop(other, None)
+    check_tensors(folder, {name: tuple(p.shape) for name, p in model_weights(model).items()}, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    return weights, model
+
+
+def load_plain(folder: str, name: str, safe: list = ()) -> dict:
+    """Tensors and plain values of a file of torch.save. safe: what else may be in it."""
+    with reading(folder, name):
+        try:
+            with torch.serialization.safe_globals(list(safe)):
+                return torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception:     # noqa: BLE001  a file that was made to do harm may raise anything
+            raise ValueError("it is damaged, or holds other things than tensors and plain values, and is not unpickled") from None
+
+
+def read_optimizer(folder: str, model: nn.Module) -> tuple[str, list[list[str]], list[dict], dict[str, Tensor]]:
+    """(class, names of the parameters in the groups, settings of the groups, states by "parameter name.state name"). The groups of the
+    HF Trainer are the same as ours: decayed parameters, and the others."""
+    packed = load_plain(folder, "optimizer.pt")
+    with reading(folder, "optimizer.pt"):
+        settings, states = [plain_settings(group) for group in packed["param_groups"]], packed["state"]
+        keys = {key for state in states.values() for key in state}
+        if keys <= {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} and all("amsgrad" in g and g.get("decoupled_weight_decay", True) for g in settings):
+            kind = "AdamW"
+        elif keys <= {"momentum_buffer"} and all("nesterov" in group for group in settings):
+            kind = "SGD"
+        else:
+            raise ValueError(f"it is of neither AdamW nor SGD, as its states {show(sorted(keys))} tell: other optimizers are not taken over")
+        shapes, names = {name: p.shape for name, p in model.named_parameters()}, {p: name for name, p in model.named_parameters()}
+        groups = [[names[p] for p in group["params"]] for group in parameter_groups(model, 0.0)]
+        if (found := [len(group["params"]) for group in packed["param_groups"]]) != (ours := [len(group) for group in groups]):
+            raise ValueError(f"its groups have {show(found)} parameters, and those of the model {ours}")
+        tensors = {}
+        for names, group in zip(groups, packed["param_groups"]):
+            for name, number in zip(names, group["params"]):
+                for key, value in states.get(number, {}).items():
+                    tensors[f"{name}.{key}"] = value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                    if value.shape != (() if key == "step" else shapes[name]):
+                        raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}, and the parameter {tuple(shapes[name])}")
+    return kind, groups, settings, tensors
+
+
+def load_rng(folder: str, rank: int, ranks: int) -> dict:
+    """A rank's random generators, as distributed.rng_state gives them."""
+    name = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
+    found = load_plain(folder, name, NUMPY)
+    with reading(folder, name):
+        kind, words, *rest = found["numpy"]
+        cuda = found.get("cuda")
+        cuda = cuda[rank % len(cuda)] if isinstance(cuda, list) else cuda       # of several ranks, the list of all devices
+        return {"python": list(found["python"]), "numpy": [kind, words.tolist(), *rest], "torch": found["cpu"].numpy().tobytes().hex(),
+                "cuda": None if cuda is None else cuda.numpy().tobytes().hex()}
+
+
+def write_checkpoint(folder: str, tmp: str, weights: dict[str, Tensor], content: dict, known: dict, more: dict[str, FilePlan] | None = None) -> None:
+    """A checkpoint of ours with configuration and tokenizer of the HF Trainer's. known: of the run's arguments. more: without it, weights alone."""
+    files = {name: read_plan(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if BESIDE.fullmatch(name)}
+    files |= {"model.safetensors": plan_tensors(weights), "state.json": plan_json(content), "args.json": plan_json(known), **(more or {})}
+    described = {name: write_file(os.path.join(tmp, name), plan) for name, plan in files.items()}
+    write_file(os.path.join(tmp, "manifest.json"), plan_manifest(content["state"]["global_step"], more is None, described))
+
+
+if __name__ == "__main__":
+    run_main(main)
