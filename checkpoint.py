@@ -419,7 +419,7 @@ def load_weights(run: Run, path: str) -> set[Tensor]:
     weights that --allow_change weights has left as they were, since the file has none for them."""
     left, problems = load_model(run.model, path, partly="weights" in run.args.allowed)
     if problems and run.world.is_main:
-        print(f"warning: {path} does not fit the model everywhere, and --allow_change weights goes on:\n  " + "\n  ".join(problems), file=sys.stderr)
+        print("\n  ".join([f"warning: {path} does not fit the model everywhere, and --allow_change weights goes on:", *problems]), file=sys.stderr)
     run.parallel.adopt()
     with PartFiles(path, "ema") as averages, torch.no_grad():
         if run.ema is not None:
@@ -483,18 +483,23 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
             raise ValueError(other[stem] if any("model" in name for name in os.listdir(path)) else "it is missing")
         wanted = {key: tuple(tensor.shape) for key, tensor in weights.items()}
         found = {key: files.shape(key) for key in files.found if not re.search(r"\.(original_module|modules_to_save)\.", key)}     # PEFT's copies
-        problems = [f"{show(key)}: {show(found[key]) if key in found else 'missing'} in the file, {wanted.get(key, 'nothing')} in the model"
-                    for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+        problems = misfits(wanted, found)
         if problems and not partly:
-            more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise UsageError(f"{os.path.join(path, files.name)} is of another model; give the model flags it was trained with, or to load what fits "
-                             f"--allow_change weights:\n  " + "\n  ".join(problems[:10]) + more, 3)
+            raise UsageError("\n  ".join([f"{os.path.join(path, files.name)} is of another model; give the model flags it was trained with, or to load "
+                                          f"what fits --allow_change weights:", *problems]), 3)
         left = {tensor for key, tensor in weights.items() if wanted[key] != found.get(key)}
         for key, tensor in weights.items():
             if tensor not in left:
                 local, start = local_part(tensor)
                 files.fill(key, start, local)
     return left, problems
+
+
+def misfits(wanted: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
+    """Where the shapes of a model's tensors and those in a file differ, by name, a line each."""
+    problems = [f"{show(key)}: {show(found[key]) if key in found else 'missing'} in the file, {wanted.get(key, 'nothing')} in the model"
+                for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+    return problems if len(problems) <= 20 else [*problems[:20], f"and {len(problems) - 20} more"]
 
 
 def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None:

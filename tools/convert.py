@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import check_tensors, model_weights, plain_settings, plan_manifest, read_plan, tied_names
+from checkpoint import misfits, model_weights, plain_settings, plan_manifest, read_plan, tied_names
 from optim import parameter_groups
 from rundir import holds_run, verify
 from state import TrainState, UsageError, run_main
@@ -307,7 +307,8 @@ def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor
         if other in weights and not torch.equal(weights[other], weights.setdefault(name, weights[other])):
             raise UsageError(f"{folder}: {other} and {name} are one weight of the model, and two in the file", 3)
         weights.pop(other, None)
-    check_tensors(folder, {name: tuple(p.shape) for name, p in model_weights(model).items()}, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    if problems := misfits({name: tuple(p.shape) for name, p in model_weights(model).items()}, {name: tuple(tensor.shape) for name, tensor in weights.items()}):
+        raise UsageError("\n  ".join([f"{folder}/model.safetensors is of another model:", *problems]), 3)
     return weights, model
 
 
