@@ -192,38 +192,6 @@ class TrainArgs:
         return dataclasses.asdict(self)
 
 
-REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from the HF Trainer, and what to use here instead
-    "overwrite_output_dir": "use a new --output_dir, or --resume_from_checkpoint True", "logging_dir": "logs are in --output_dir",
-    "resume": "use --resume_from_checkpoint", "run_name": "a run is named by its --output_dir", "no_cuda": "use --use_cpu",
-    "evaluation_strategy": "use --eval_strategy", "epochs": "use --num_train_epochs",
-    "per_gpu_train_batch_size train_batch_size batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate",
-    "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "use --train_sampling_strategy group_by_length",
-    "train_file data": "use --dataset", "validation_file": "use --eval_dataset", "test_file": "use --test_dataset", "warmup_ratio": "use --warmup_steps with a ratio below 1",
-    "gradient_checkpointing": "use --activation_checkpointing", "deepspeed": "use --strategy zero1, zero2 or fsdp", "fsdp": "use --strategy fsdp, or hsdp",
-    "fsdp_config": "use --strategy fsdp, --reshard_after_forward, --cpu_offload", "parallelism_config": "parallelism is in distributed.py",
-    "fsdp_min_num_params": "use --fsdp_transformer_layer_cls_to_wrap", "ddp_backend": "leave it away: NCCL reduces on GPUs, gloo on CPUs", "sharding_strategy": "use --strategy",
-    "ddp_static_graph": "there is no graph to keep static", "ddp_broadcast_buffers": "saved buffers are always rank 0's", "local_rank": "torchrun sets it in the environment",
-    "tokenizer": "the built-in data is bytes; a tokenizer belongs in data.py", "tokenizer_name": "the built-in data is bytes",
-    "length_column_name": "--train_sampling_strategy group_by_length goes by the length of input_ids",
-    "lora_r": "use --lora_rank", "use_peft peft": "use --lora_rank", "load_in_4bit": "use --lora_base nf4", "load_in_8bit": "use --lora_base int8", "dispatch_batches": "each rank reads its own data",
-    "split_batches": "batch sizes are per rank", "accelerator_config": "batch sizes are per rank; see data.py", "adafactor": "use --optim",
-    "average_tokens_across_devices": "the loss is always averaged over the items of all ranks", "push_to_hub_token": "log in with huggingface_hub",
-    "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
-    "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "include_tokens_per_second": "tokens_per_second is in every log",
-    "report_to": "metrics.jsonl is the history; a callback's on_log can send it on", "save_safetensors": "checkpoints are always safetensors",
-    "batch_eval_metrics": "give compute_metrics as an object with reset, update and compute: it sees the data batch by batch",
-    "include_for_metrics include_inputs_for_metrics": "a predict_fn returns all that metrics need", "use_legacy_prediction_loop": "there is one loop, evalloop.py",
-    "prediction_loss_only": "predictions are made only where compute_metrics is given", "eval_do_concat_batches": "compute_metrics as an object sees each batch",
-    "eval_use_gather_object": "predictions are tensors", "dataloader_in_order": "batches are always in order",
-    "predict_with_generate generation_max_length generation_num_beams": "give evaluate a predict_fn that generates, as recipes/translation.py does",
-    "half_precision_backend fp16_backend": "PyTorch's own is used", "tpu_num_cores": "there is no TPU support",
-    "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo": "python -m tools.publish push sends a checkpoint", "log_level log_level_replica log_on_each_node": "rank 0 prints",
-    "auto_find_batch_size": "halve --per_device_train_batch_size and double --gradient_accumulation_steps", "use_liger_kernel": "the built-in loss is chunked",
-    "debug": "a value that is not finite is always found", "skip_memory_metrics": "bench/memory.py measures memory",
-    "use_mps_device jit_mode_eval past_index mp_parameters use_ipex torchdynamo ray_scope fp16_opt_level": "it has no successor",
-}.items() for flag in flags.split()}
-
-
 def parse_args(argv: list[str] | None = None, flags: str = "", description: str = "Train a model.") -> TrainArgs:
     """The command line as `TrainArgs`. Raises one `UsageError` with every problem of the line, ranges included. flags: come before it,
     except that what is to be done, --do_train and the like, is taken from only one of them."""
@@ -266,6 +234,7 @@ def unknown_flag(word: str) -> str:
     name = word.lstrip("-").partition("=")[0]
     if not name:
         return f"{word!r}: a flag without a name"
+    from tools.renamed import REMOVED
     if name in REMOVED:
         return f"--{name} is not a flag here: {REMOVED[name]}"
     near = [n for n in HINTS if n.startswith(name)] or difflib.get_close_matches(name, HINTS, n=1)

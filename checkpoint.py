@@ -485,8 +485,8 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
         found = {key: files.shape(key) for key in files.found if not re.search(r"\.(original_module|modules_to_save)\.", key)}     # PEFT's copies
         problems = misfits(wanted, found)
         if problems and not partly:
-            raise UsageError("\n  ".join([f"{os.path.join(path, files.name)} is of another model; give the model flags it was trained with, or to load "
-                                          f"what fits --allow_change weights:", *problems]), 3)
+            told = f"{os.path.join(path, files.name)} is of another model; give the model flags it was trained with, or --allow_change weights to load what fits:"
+            raise UsageError("\n  ".join([told, *problems]), 3)
         left = {tensor for key, tensor in weights.items() if wanted[key] != found.get(key)}
         for key, tensor in weights.items():
             if tensor not in left:

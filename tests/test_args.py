@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from args import REMOVED, TrainArgs, check_args, parse_args
+from args import TrainArgs, check_args, parse_args
 from state import UsageError
+from tools.renamed import REMOVED
 
 
 def problems(*argv) -> str:
