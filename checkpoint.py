@@ -263,7 +263,7 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
     if world.writes:
         files["args.json"] = plan_json(args.to_dict())
         if hasattr(run.model, "lora"):
-            files["adapter_config.json"] = plan_json(run.model.lora.to_peft(run.model, args.model_name_or_path))
+            files["adapter_config.json"] = plan_json(run.model.lora.to_peft(run.model, getattr(run.model, "name_or_path", args.model_name_or_path)))
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
         optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None,
                      "groups": run.parallel.groups, "settings": [plain_settings(group) for group in run.optimizer.param_groups]}

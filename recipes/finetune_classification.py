@@ -62,7 +62,7 @@ def run(argv: list[str]):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(pretrained(parse_args(argv, FLAGS).model_name_or_path))
     return main(argv, lambda args: build_data(args, tokenizer), build_model, PaddingCollator(tokenizer.pad_token_id), logits_loss, AccuracyBesideBayes(),
-                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__)
+                preprocess_logits_for_metrics=likeliest, processing_class=tokenizer, flags=FLAGS, description=__doc__)
 
 
 if __name__ == "__main__":

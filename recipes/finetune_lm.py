@@ -58,7 +58,7 @@ def run(argv: list[str]):
     folder, options = source(parse_args(argv, FLAGS).model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     finished = main(argv, lambda args: build_data(args, tokenizer), build_model, CausalLMCollator(tokenizer.pad_token_id or 0), logits_loss,
-                    flags=FLAGS, description=__doc__)
+                    processing_class=tokenizer, flags=FLAGS, description=__doc__)
     losses = [row for row in finished.state.log_history if "eval_loss" in row] if finished.args.trains else []
     if losses:      # the baseline is the model as it came
         save_results(finished, "eval", {**losses[-1], "eval_baseline": losses[0]["eval_loss"]})
