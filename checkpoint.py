@@ -297,7 +297,7 @@ def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
 
 def read_plan(path: str) -> FilePlan:
     """A small file as it is."""
-    if not os.path.isfile(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
+    if not os.path.isfile(path) or os.path.islink(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
         raise UsageError(f"processing_class saves {os.path.basename(path)!r}, and a checkpoint holds only plain files, of names of letters, digits, and _.-")
     with open(path, "rb") as file:
         content = file.read()
