@@ -363,9 +363,9 @@ def load_state(path: str | None, args, data: str) -> TrainState:
 
 
 def known_changes(path: str, args) -> list[tuple]:
-    """What `changed_args` finds, of the settings that a checkpoint knows: one that was taken over from another trainer has few."""
+    """What `changed_args` finds. A checkpoint that was taken over from another trainer does not know all settings."""
     saved = read_json(path, "args.json")
-    return [change for change in changed_args(saved, args) if change[0] in saved]
+    return [change for change in changed_args(saved, args) if change[0] in saved or "taken_over_from" not in saved]
 
 
 def load_checkpoint(run: Run, path: str) -> None:

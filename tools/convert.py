@@ -256,7 +256,7 @@ def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_sa
         **{name: theirs[name] for name in ("epoch", "num_input_tokens_seen", "total_flos", "learning_rate", "grad_norm", "best_metric", "best_global_step")})
     content = {"state": state.to_dict(), "optimizer": optimizer, "callbacks": theirs["callbacks"], "scaler": read_scaler(folder), "world_size": ranks,
                "stream": None, "schedule": {}, "tied": tied_names(like), "planned": {**{name: theirs[name] for name in PLANNED}, "learning_rate": upcoming}}
-    known = {"per_device_train_batch_size": theirs["train_batch_size"], "learning_rate": base_lr}
+    known = {"taken_over_from": os.path.abspath(folder), "per_device_train_batch_size": theirs["train_batch_size"], "learning_rate": base_lr}
     final = os.path.join(output_dir, f"checkpoint-{step}")
     with making(final) as tmp:
         files = {f"rng-{rank}.json": plan_rng(folder, rank, ranks) for rank in range(ranks)}
