@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from args import TrainArgs
 from checkpoint import load_model
+from distributed import rng_state
 from loss import cross_entropy
 from rundir import list_checkpoints
 from state import UsageError
@@ -122,10 +123,10 @@ def there(case, output_dir, resume=None, **changes):
     return trainer
 
 
-def here(case, output_dir, resume=None, look=lambda run: run, model=None, **changes):
+def here(case, output_dir, resume=None, look=lambda run: run, model=None, train_set=None, **changes):
     """Trained by this trainer; what `look` sees of the run at its end."""
     args = TrainArgs(**{**settings(case, output_dir, **changes), "resume_from_checkpoint": None if resume is None else str(resume)})
-    return train_and(args, look, CASES[case][3], model=build(case) if model is None else model, train_set=data(case), eval_set=hf.samples()[8:],
+    return train_and(args, look, CASES[case][3], model=build(case) if model is None else model, train_set=train_set or data(case), eval_set=hf.samples()[8:],
                      collate=lambda samples: collate(samples, case, True))
 
 
@@ -225,6 +226,17 @@ def test_a_checkpoint_of_theirs_goes_on_on_two_ranks(ranks, theirs, tmp_path, st
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{TOTAL}")
     assert type(model).__name__ == read_json(tmp_path / "run" / f"checkpoint-{TOTAL}", "config.json")["architectures"][0]
     assert b"".join(p.detach().numpy().tobytes() for p in model.parameters()) == one[0]
+
+
+def train_on_ranks(output_dir, resume=None):
+    return here("llama", output_dir, resume, lambda run: [flat(run).tobytes(), rng_state(), run.state.to_dict()["samples_seen"]], per_device_train_batch_size=1)
+
+
+def test_random_numbers_of_every_rank_go_there_and_back(ranks, tmp_path):
+    whole = ranks.run(2, train_on_ranks, tmp_path / "whole")
+    to_hf(str(tmp_path / "whole" / f"checkpoint-{CUT}"), str(tmp_path / "hf" / f"checkpoint-{CUT}"))
+    assert ranks.run(2, train_on_ranks, tmp_path / "back", str(tmp_path / "hf" / f"checkpoint-{CUT}")) == whole
+    assert whole[0][1] != whole[1][1]
 
 
 def refused_on_ranks(output_dir, source) -> str:
@@ -446,6 +458,47 @@ def test_an_optimizer_without_a_like_is_refused_by_name(theirs, tmp_path, capsys
     packed["state"] = {number: {"exp_avg_sq_row": state["step"]} for number, state in packed["state"].items()}
     torch.save(packed, folder / "optimizer.pt")
     assert "exp_avg_sq_row" in refusal(take_over, folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("changes", [{"per_device_train_batch_size": 1}, {"gradient_accumulation_steps": 1}])
+def test_a_place_that_the_hf_trainer_would_not_find_is_refused(ours, tmp_path, changes):
+    """It takes the number of updates for the place, which another batch size before has made wrong."""
+    here("llama", tmp_path / "run", ours / f"checkpoint-{CUT}", max_steps=CUT + 1, save_steps=1, **changes)
+    assert "at another sample" in refusal(to_hf, str(tmp_path / "run" / f"checkpoint-{CUT + 1}"), str(tmp_path / "hf"), code=2)
+    to_hf(str(tmp_path / "run" / f"checkpoint-{CUT + 1}"), str(tmp_path / "hf"), True)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(data("llama"))
+
+
+def test_streams_are_refused_both_ways(theirs, tmp_path):
+    with pytest.raises(UsageError, match="does not tell a place in a stream"):
+        here("llama", tmp_path / "a", theirs / f"checkpoint-{CUT}", train_set=Stream())
+    here("llama", tmp_path / "b", train_set=Stream())
+    assert "its training data is a stream" in refusal(to_hf, str(tmp_path / "b" / f"checkpoint-{CUT}"), str(tmp_path / "hf"), code=2)
+
+
+def test_to_evaluate_a_checkpoint_of_theirs_it_is_converted_first(theirs, tmp_path):
+    with pytest.raises(UsageError, match="tools.convert from-hf"):
+        here("llama", tmp_path, theirs / f"checkpoint-{CUT}", do_eval=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("best_global_step", "1/../../x"), ("best_global_step", 99), ("global_step", -1), ("train_batch_size", 0),
+                                             ("epoch", -0.5), ("epoch", None), ("log_history", [1]), ("stateful_callbacks", [1]), ("train_batch_size", None)])
+def test_impossible_values_are_refused(theirs, tmp_path, name, value):
+    folder = copied(theirs, tmp_path)
+    (folder / "trainer_state.json").write_text(json.dumps({**read_json(folder, "trainer_state.json"), name: value}))
+    assert "trainer_state.json cannot be used" in refusal(take_over, folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "config.json", "model.safetensors"])
+def test_links_out_of_the_folder_are_not_followed(theirs, tmp_path, name):
+    folder = copied(theirs, tmp_path)
+    shutil.move(folder / name, tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    refusal(take_over, folder, tmp_path / "run")
 
 
 def test_weights_alone_stay_weights_alone(tmp_path, capsys):

@@ -336,7 +336,7 @@ def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor
             for name in {*read_json(folder, index)["weight_map"].values()}:
                 if not PLAIN_NAME.fullmatch(name) or not is_plain(os.path.join(folder, name)):
                     raise ValueError(f"it names {show(name)}, which is no file beside it")
-    elif not os.path.exists(os.path.join(folder, "model.safetensors")):
+    elif not is_plain(os.path.join(folder, "model.safetensors")):
         raise UsageError(f"{folder} has no model.safetensors: other forms of weights are not taken over", 3)
     if hasattr(model, "save_pretrained") or model is None and os.path.exists(os.path.join(folder, "config.json")):
         with reading(folder, "config.json"):
