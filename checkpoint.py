@@ -308,7 +308,7 @@ def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
 
 def read_plan(path: str) -> FilePlan:
     """A small file as it is."""
-    if not os.path.isfile(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
+    if not os.path.isfile(path) or os.path.islink(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
         raise UsageError(f"processing_class saves {os.path.basename(path)!r}, and a checkpoint holds only plain files, of names of letters, digits, and _.-")
     with open(path, "rb") as file:
         content = file.read()
@@ -374,9 +374,9 @@ def load_state(path: str | None, args, data: str) -> TrainState:
 
 
 def known_changes(path: str, args) -> list[tuple]:
-    """What `changed_args` finds, of the settings that a checkpoint knows: one that was taken over from another trainer has few."""
+    """What `changed_args` finds. A checkpoint that was taken over from another trainer does not know all settings."""
     saved = read_json(path, "args.json")
-    return [change for change in changed_args(saved, args) if change[0] in saved]
+    return [change for change in changed_args(saved, args) if change[0] in saved or "taken_over_from" not in saved]
 
 
 def load_checkpoint(run: Run, path: str) -> None:

@@ -55,7 +55,9 @@ def find_checkpoint(args, world: World) -> str | None:
     if args.trains:
         world.on_exit.push(lambda kind, failure, trace: report_end(output_dir, world, failure))
     for path in candidates:
-        if path == wanted and args.trains and world.gather_json(is_of_hf_trainer(path))[0]:
+        if path == wanted and world.gather_json(is_of_hf_trainer(path))[0]:
+            if not args.trains:
+                raise UsageError(f"{path} is of the HF Trainer: to evaluate it, first make a run of it, python -m tools.convert from-hf {path} DIR", 3)
             write_status(output_dir, world, job=job)
             return path         # train.assemble takes it over, when it knows model and data
         problem, is_damaged = find_damage(path, world, args.save_on_each_node, only_model=not args.trains)

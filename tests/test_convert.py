@@ -1,18 +1,26 @@
 """A training that changes from this trainer to the HF Trainer in the middle, or the other way, ends with the same bits."""
+import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from args import TrainArgs
+from checkpoint import load_model
+from distributed import rng_state
 from loss import cross_entropy
+from rundir import list_checkpoints
+from state import UsageError
+from storage import read_json
 from tests.parity import hf
-from tests.toy import rows, run_training
-from tools.convert import main, to_hf
+from tests.toy import flat, rows, run_training, train_and
+from tools.convert import from_hf, main, to_hf
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -115,11 +123,11 @@ def there(case, output_dir, resume=None, **changes):
     return trainer
 
 
-def here(case, output_dir, resume=None, train_set=None, model=None, **changes):
-    """Trained by this trainer."""
+def here(case, output_dir, resume=None, look=lambda run: run, model=None, train_set=None, **changes):
+    """Trained by this trainer; what `look` sees of the run at its end."""
     args = TrainArgs(**{**settings(case, output_dir, **changes), "resume_from_checkpoint": None if resume is None else str(resume)})
-    return run_training(args, CASES[case][3], model=build(case) if model is None else model, train_set=train_set or data(case), eval_set=hf.samples()[8:],
-                        collate=lambda samples: collate(samples, case, True))
+    return train_and(args, look, CASES[case][3], model=build(case) if model is None else model, train_set=train_set or data(case), eval_set=hf.samples()[8:],
+                     collate=lambda samples: collate(samples, case, True))
 
 
 def same(one: nn.Module, other: nn.Module) -> None:
@@ -148,3 +156,363 @@ def test_a_training_may_change_trainers_in_the_middle(tmp_path, case):
     logged = [[[row[key] for key in ("loss", "grad_norm", "learning_rate", "epoch", "step")] for row in each if "loss" in row]
               for each in (rows(tmp_path / "ours"), rows(tmp_path / "from"))]
     assert len(logged[0]) == TOTAL and logged[0][CUT:] == logged[1][CUT:]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    """A run's folder, of which checkpoint-3 is in the middle; no test writes into it."""
+    folder = tmp_path_factory.mktemp("ours")
+    here("llama", folder, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("theirs")
+    there("llama", folder, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", save_steps=1)
+    return folder
+
+
+def copied(theirs, tmp_path) -> Path:
+    return Path(shutil.copytree(theirs / f"checkpoint-{CUT}", tmp_path / "theirs" / f"checkpoint-{CUT}"))
+
+
+def refusal(function, *args, code=3) -> str:
+    with pytest.raises(UsageError) as error:
+        function(*args)
+    assert error.value.exit_code == code
+    return str(error.value)
+
+
+def take_over(folder, output_dir) -> str:
+    return from_hf(str(folder), str(output_dir), None, len(data("llama")))
+
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+def cut_by_ranks(output_dir, source, strategy) -> None:
+    """What was saved at the end of a run, saved again by ranks that split it."""
+    here("llama", output_dir, source, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_what_ranks_have_split_becomes_the_same_files(ranks, ours, tmp_path, strategy):
+    ranks.run(2, cut_by_ranks, tmp_path / "cut", ours / f"checkpoint-{TOTAL}", strategy)
+    folders = []
+    for name, run in (("whole", ours), ("split", tmp_path / "cut")):
+        to_hf(str(run / f"checkpoint-{TOTAL}"), str(tmp_path / name))
+        folders.append(tmp_path / name)
+    whole, split = folders
+    assert {*os.listdir(split)} - {*os.listdir(whole)} == {"rng_state_0.pth", "rng_state_1.pth"} and (whole / "rng_state.pth").exists()
+    assert any(name.startswith("optimizer-1") for name in os.listdir(tmp_path / "cut" / f"checkpoint-{TOTAL}"))
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (whole / name).read_bytes() == (split / name).read_bytes()
+    for name in ("optimizer.pt", "scheduler.pt"):
+        one, other = (torch.load(folder / name, weights_only=True) for folder in folders)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def resume_on_ranks(output_dir, source, strategy):
+    return here("llama", output_dir, source, lambda run: [flat(run).tobytes(), run.state.global_step, run.state.total_samples], strategy=strategy,
+                per_device_train_batch_size=1)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_of_theirs_goes_on_on_two_ranks(ranks, theirs, tmp_path, strategy):
+    """With two ranks random numbers start anew, so that dropout differs from that of one process."""
+    one, other = ranks.run(2, resume_on_ranks, tmp_path / "run", str(theirs / f"checkpoint-{CUT}"), strategy)
+    assert one == other and one[1:] == [TOTAL, 5 + 5 + 4]
+    assert {TOTAL, CUT} <= {*list_checkpoints(tmp_path / "run")}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{TOTAL}")
+    assert type(model).__name__ == read_json(tmp_path / "run" / f"checkpoint-{TOTAL}", "config.json")["architectures"][0]
+    assert b"".join(p.detach().numpy().tobytes() for p in model.parameters()) == one[0]
+
+
+def train_on_ranks(output_dir, resume=None):
+    return here("llama", output_dir, resume, lambda run: [flat(run).tobytes(), rng_state(), run.state.to_dict()["samples_seen"]], per_device_train_batch_size=1)
+
+
+def test_random_numbers_of_every_rank_go_there_and_back(ranks, tmp_path):
+    whole = ranks.run(2, train_on_ranks, tmp_path / "whole")
+    to_hf(str(tmp_path / "whole" / f"checkpoint-{CUT}"), str(tmp_path / "hf" / f"checkpoint-{CUT}"))
+    assert ranks.run(2, train_on_ranks, tmp_path / "back", str(tmp_path / "hf" / f"checkpoint-{CUT}")) == whole
+    assert whole[0][1] != whole[1][1]
+
+
+def refused_on_ranks(output_dir, source) -> str:
+    return refusal(here, "llama", output_dir, source)
+
+
+def test_a_damaged_one_is_refused_on_all_ranks(ranks, theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    (folder / "optimizer.pt").write_bytes(b"PK")
+    messages = ranks.run(2, refused_on_ranks, tmp_path / "run", str(folder))
+    assert all("optimizer.pt cannot be used" in message for message in messages) and not list_checkpoints(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+def test_sharded_weights_are_taken_over(theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    os.remove(folder / "model.safetensors")
+    model.save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    fresh = build("llama")
+    load_model(fresh, take_over(folder, tmp_path / "run"))
+    same(model, fresh)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "absent.safetensors"])
+def test_an_index_names_only_files_beside_it(theirs, tmp_path, name):
+    folder = copied(theirs, tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": name}}))
+    shutil.copy(folder / "model.safetensors", tmp_path / "theirs" / "x")
+    assert f"it names {name}" in refusal(take_over, folder, tmp_path / "run")
+
+
+def lose(weights):
+    del weights["model.layers.0.mlp.up_proj.weight"]
+
+
+def rename(weights):
+    weights["model.layers.0.mlp.upper.weight"] = weights.pop("model.layers.0.mlp.up_proj.weight")
+
+
+def reshape(weights):
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][:3].clone()
+
+
+@pytest.mark.parametrize("change", [lose, rename, reshape])
+def test_weights_that_do_not_fit_are_refused_by_name(theirs, tmp_path, change):
+    folder = copied(theirs, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    message = refusal(take_over, folder, tmp_path / "run")
+    assert "model.layers.0.mlp.up_proj.weight" in message and ("upper" in message) == (change is rename)
+    assert not os.path.exists(tmp_path / "run" / "metrics.jsonl") and not list_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [lambda weights: weights.pop("hidden.bias"), lambda weights: weights["head.weight"].zero_()])
+def test_weights_of_a_plain_module_that_do_not_fit_are_refused_by_name(tmp_path, change):
+    there("plain", tmp_path / "theirs")
+    folder = tmp_path / "theirs" / f"checkpoint-{CUT}"
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    message = refusal(from_hf, str(folder), str(tmp_path / "run"), Plain(), 5)
+    assert "hidden.bias" in message or "head.weight and embed.weight are one weight" in message
+    assert "give that one --resume_from_checkpoint" in refusal(from_hf, str(folder), str(tmp_path / "run"), None, 5, code=2)
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2))
+
+
+def qwen():
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1))
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen])
+def test_a_model_whose_weights_have_other_names_in_files_makes_the_round_trip(tmp_path, make):
+    run = here("llama", tmp_path / "run", model=make(), max_steps=1, save_steps=1)
+    to_hf(str(tmp_path / "run"  / "checkpoint-1"), str(tmp_path / "hf" / "checkpoint-1"))
+    assert load_file(tmp_path / "hf" / "checkpoint-1" / "model.safetensors").keys() != run.model.state_dict().keys()
+    again = take_over(tmp_path / "hf" / "checkpoint-1", tmp_path / "again")
+    fresh = make()
+    load_model(fresh, again)
+    same(run.model, fresh)
+    for folder in (tmp_path / "run" / "checkpoint-1", tmp_path / "hf" / "checkpoint-1", again):
+        same(run.model, type(fresh).from_pretrained(folder))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bert", "t5"])
+def test_from_pretrained_takes_a_checkpoint_as_it_is(tmp_path, case):
+    from tokenizers import Tokenizer, models
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?")), unk_token="?")
+    args = TrainArgs(**settings(case, tmp_path, max_steps=1, save_steps=1))
+    run = run_training(args, CASES[case][3], model=build(case), train_set=data(case), collate=lambda s: collate(s, case, True), processing_class=words)
+    auto = {"gpt2": transformers.AutoModelForCausalLM, "bert": transformers.AutoModelForSequenceClassification, "t5": transformers.AutoModelForSeq2SeqLM}[case]
+    same(run.model, auto.from_pretrained(tmp_path / "checkpoint-1"))
+    body = transformers.AutoModel.from_pretrained(tmp_path / "checkpoint-1")
+    same(body, getattr(run.model, run.model.base_model_prefix, None) or run.model) if case != "t5" else same(body.encoder, run.model.encoder)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "checkpoint-1")(["b", "a", "c"], is_split_into_words=True)["input_ids"] == [1, 0, 2]
+    run.model.save_pretrained(tmp_path / "own")
+    for name in ("config.json", *(["generation_config.json"] if run.model.can_generate() else [])):
+        assert read_json(tmp_path / "own", name) == read_json(tmp_path / "checkpoint-1", name)
+    to_hf(str(tmp_path / "checkpoint-1"), str(tmp_path / "hf"))
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {*os.listdir(tmp_path / "hf")}
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+def test_the_log_and_the_best_model_go_there(ours, tmp_path, capsys):
+    best = json.loads((ours / f"checkpoint-{TOTAL}" / "state.json").read_text())["state"]["best_global_step"]
+    to_hf(str(ours / f"checkpoint-{CUT}"), str(tmp_path / f"checkpoint-{CUT}"))
+    to_hf(str(ours / f"checkpoint-{TOTAL}"), str(tmp_path / f"checkpoint-{TOTAL}"))
+    state = transformers.trainer_callback.TrainerState.load_from_json(tmp_path / f"checkpoint-{CUT}" / "trainer_state.json")
+    assert state.log_history == [row for row in rows(ours) if row["step"] <= CUT] and len(state.log_history) == 2 * CUT
+    last = read_json(tmp_path / f"checkpoint-{TOTAL}", "trainer_state.json")
+    values = {row["step"]: row["eval_loss"] for row in last["log_history"] if "eval_loss" in row}
+    assert last["best_metric"] == min(values.values()) == values[best] and last["best_global_step"] == best
+    if best in (CUT, TOTAL):
+        assert last["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+    else:
+        assert last["best_model_checkpoint"] is None and "is not there" in capsys.readouterr().out
+    theirs = transformers.trainer_callback.TrainerState()
+    assert last.keys() == vars(theirs).keys() - {"_train_batch_size"}
+
+
+def test_the_log_and_the_best_model_come_here(theirs, tmp_path):
+    state = read_json(theirs / f"checkpoint-{TOTAL}", "trainer_state.json")
+    best, cut = state["best_global_step"], read_json(theirs / f"checkpoint-{CUT}", "trainer_state.json")
+    earlier = min((row["eval_loss"], row["step"]) for row in cut["log_history"] if "eval_loss" in row)[1]
+    run = here("llama", tmp_path / "run", theirs / f"checkpoint-{CUT}", eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+               metric_for_best_model="loss")
+    assert rows(tmp_path / "run")[:len(cut["log_history"])] == cut["log_history"]
+    assert run.state.best_global_step == best and {CUT, earlier} <= {*list_checkpoints(tmp_path / "run")}
+    same(transformers.LlamaForCausalLM.from_pretrained(theirs / f"checkpoint-{best}"), run.model)
+    same(transformers.LlamaForCausalLM.from_pretrained(theirs / f"checkpoint-{earlier}"),
+         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{earlier}"))
+
+
+def test_updates_that_fp16_skipped_do_not_advance_the_schedule(theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    schedule = torch.load(folder / "scheduler.pt", weights_only=True)
+    torch.save(schedule | {"last_epoch": CUT - 1}, folder / "scheduler.pt")
+    scaler = {"scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 2}
+    torch.save(scaler, folder / "scaler.pt")
+    made = take_over(folder, tmp_path / "run")
+    assert read_json(made, "state.json")["state"]["skipped_steps"] == 1 and read_json(made, "state.json")["scaler"] == scaler
+    to_hf(made, str(tmp_path / "back"))
+    assert torch.load(tmp_path / "back" / "scheduler.pt", weights_only=True)["last_epoch"] == CUT - 1
+    assert torch.load(tmp_path / "back" / "scaler.pt", weights_only=True) == scaler
+    run = here("llama", tmp_path / "run", "True")
+    used = [row["learning_rate"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert used[CUT] == run.schedule(CUT - 1) != run.schedule(CUT) and len(used) == TOTAL
+
+
+def test_what_was_taken_over_goes_back_as_it_was(theirs, tmp_path):
+    folder = theirs / f"checkpoint-{CUT}"
+    to_hf(take_over(folder, tmp_path / "run"), str(tmp_path / "theirs" / f"checkpoint-{CUT}"))
+    back = tmp_path / "theirs" / f"checkpoint-{CUT}"
+    assert {*os.listdir(folder)} - {*os.listdir(back)} == {"training_args.bin"}
+    for name in ("optimizer.pt", "scheduler.pt"):
+        one, other = (torch.load(each / name, weights_only=True) for each in (folder, back))
+        assert json.dumps(one, default=torch.Tensor.tolist, sort_keys=True) == json.dumps(other, default=torch.Tensor.tolist, sort_keys=True)
+    same_state = [{**read_json(each, "trainer_state.json"), "stateful_callbacks": None, "best_model_checkpoint": None} for each in (folder, back)]
+    assert same_state[0] == same_state[1]
+
+
+# ---------------------------------------------------------------------------------------------------- refused
+
+class Harm:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(theirs, tmp_path, name):
+    folder = copied(theirs, tmp_path)
+    torch.save({"state": Harm(tmp_path / "ran")}, folder / name)
+    assert f"{name} cannot be used" in refusal(take_over, folder, tmp_path / "run")
+    (folder / "training_args.bin").write_bytes((folder / name).read_bytes())
+    shutil.copy(theirs / f"checkpoint-{CUT}" / name, folder / name)
+    take_over(folder, tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_place_in_the_data_is_exact_or_refused(theirs, tmp_path):
+    folder, out = str(theirs / f"checkpoint-{CUT}"), str(tmp_path / "run")
+    assert "give --num_samples" in refusal(from_hf, folder, out, None, None, code=2)
+    assert "7 samples are 4 rounds of 2" in refusal(from_hf, folder, out, None, 7, code=2)
+    from_hf(str(theirs / "checkpoint-2"), out)      # between two epochs the number is not needed
+    state = read_json(f"{out}/checkpoint-2", "state.json")["state"]
+    assert (state["epochs_done"], state["samples_seen"]) == (1, 0)
+    assert "already holds a run" in refusal(take_over, folder, out, code=2)
+    assert "gives no place" in refusal(from_hf, str(endless(copied(theirs, tmp_path))), str(tmp_path / "other"), None, 5, code=2)
+
+
+def endless(folder):
+    state = read_json(folder, "trainer_state.json")
+    (folder / "trainer_state.json").write_text(json.dumps({**state, "num_train_epochs": 2**63 - 1}))
+    return folder
+
+
+def test_an_optimizer_without_a_like_is_refused_by_name(theirs, tmp_path, capsys):
+    here("llama", tmp_path / "muon", optim="muon", optim_args=None)
+    source = str(tmp_path / "muon" / f"checkpoint-{CUT}")
+    message = refusal(to_hf, source, str(tmp_path / "hf"), code=2)
+    assert "MuonAdamW" in message and "--only_model" in message and not list(tmp_path.glob("*hf*"))
+    main(["to-hf", str(tmp_path / "muon"), str(tmp_path / "hf"), "--only_model"])
+    assert not {"optimizer.pt", "rng_state.pth"} & {*os.listdir(tmp_path / "hf")} and (tmp_path / "hf" / "trainer_state.json").exists()
+    folder = copied(theirs, tmp_path)
+    packed = torch.load(folder / "optimizer.pt", weights_only=True)
+    packed["state"] = {number: {"exp_avg_sq_row": state["step"]} for number, state in packed["state"].items()}
+    torch.save(packed, folder / "optimizer.pt")
+    assert "exp_avg_sq_row" in refusal(take_over, folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("changes", [{"per_device_train_batch_size": 1}, {"gradient_accumulation_steps": 1}])
+def test_a_place_that_the_hf_trainer_would_not_find_is_refused(ours, tmp_path, changes):
+    """It takes the number of updates for the place, which another batch size before has made wrong."""
+    here("llama", tmp_path / "run", ours / f"checkpoint-{CUT}", max_steps=CUT + 1, save_steps=1, **changes)
+    assert "at another sample" in refusal(to_hf, str(tmp_path / "run" / f"checkpoint-{CUT + 1}"), str(tmp_path / "hf"), code=2)
+    to_hf(str(tmp_path / "run" / f"checkpoint-{CUT + 1}"), str(tmp_path / "hf"), True)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(data("llama"))
+
+
+def test_streams_are_refused_both_ways(theirs, tmp_path):
+    with pytest.raises(UsageError, match="does not tell a place in a stream"):
+        here("llama", tmp_path / "a", theirs / f"checkpoint-{CUT}", train_set=Stream())
+    here("llama", tmp_path / "b", train_set=Stream())
+    assert "its training data is a stream" in refusal(to_hf, str(tmp_path / "b" / f"checkpoint-{CUT}"), str(tmp_path / "hf"), code=2)
+
+
+def test_to_evaluate_a_checkpoint_of_theirs_it_is_converted_first(theirs, tmp_path):
+    with pytest.raises(UsageError, match="tools.convert from-hf"):
+        here("llama", tmp_path, theirs / f"checkpoint-{CUT}", do_eval=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("best_global_step", "1/../../x"), ("best_global_step", 99), ("global_step", -1), ("train_batch_size", 0),
+                                             ("epoch", -0.5), ("epoch", None), ("log_history", [1]), ("stateful_callbacks", [1]), ("train_batch_size", None)])
+def test_impossible_values_are_refused(theirs, tmp_path, name, value):
+    folder = copied(theirs, tmp_path)
+    (folder / "trainer_state.json").write_text(json.dumps({**read_json(folder, "trainer_state.json"), name: value}))
+    assert "trainer_state.json cannot be used" in refusal(take_over, folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "config.json", "model.safetensors"])
+def test_links_out_of_the_folder_are_not_followed(theirs, tmp_path, name):
+    folder = copied(theirs, tmp_path)
+    shutil.move(folder / name, tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    refusal(take_over, folder, tmp_path / "run")
+
+
+def test_weights_alone_stay_weights_alone(tmp_path, capsys):
+    here("llama", tmp_path / "run", save_only_model=True)
+    to_hf(str(tmp_path / "run" / f"checkpoint-{CUT}"), str(tmp_path / "hf"))
+    assert "holds weights alone" in capsys.readouterr().out and not (tmp_path / "hf" / "optimizer.pt").exists()
+    same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{CUT}"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
+    assert "holds weights alone" in refusal(take_over, tmp_path / "hf", tmp_path / "again")
+
+
+def test_a_checkpoint_of_version_4_with_other_fields_is_taken_over(theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    state = read_json(folder, "trainer_state.json")
+    for name in ("best_global_step", "trial_name", "trial_params", "stateful_callbacks"):
+        del state[name]
+    (folder / "trainer_state.json").write_text(json.dumps({**state, "a_field_of_its_own": [1]}))
+    assert read_json(take_over(folder, tmp_path / "run"), "state.json")["state"]["best_global_step"] == 0

@@ -387,9 +387,12 @@ def test_a_wrong_value_in_the_state_is_refused_or_does_no_harm(run, watch):
     assert stored["scaler"] and stored["schedule"]["best"] and stored["callbacks"]
     generator = random.Random(0)
     for path, old in places({key: value for key, value in stored.items() if key != "callbacks"}):
-        for new in generator.sample(BAD, 4):
+        unread = {"groups", "settings", "planned", "tied"} & {*path}       # what only tools.convert looks at
+        for new in generator.sample(BAD, 1 if unread else 4):
             error = try_content(run, watch, "state.json", put(stored, path, new))
-            if (path, new) == (("state", "data"), "x"):
+            if unread:
+                assert error is None, (path, new)
+            elif (path, new) == (("state", "data"), "x"):
                 assert error.exit_code == 2
             elif path == ("scaler", "scale") and new is NAN:
                 assert error.exit_code == 4
@@ -398,8 +401,9 @@ def test_a_wrong_value_in_the_state_is_refused_or_does_no_harm(run, watch):
             else:
                 name = "checkpoint-2 holds the state of" if path == ("optimizer", "class") else "state.json"
                 assert refused(error, name), (path, new)
-        error = try_content(run, watch, "state.json", put(stored, path))
-        assert refused(error, "state.json"), path
+        if not unread:
+            error = try_content(run, watch, "state.json", put(stored, path))
+            assert refused(error, "state.json"), path
 
 
 def test_wrong_states_of_callbacks_are_refused_or_left_to_the_callback(run, watch, capfd):

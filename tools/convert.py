@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if flags.way == "to-hf":
         to_hf(newest(flags.checkpoint), flags.folder, flags.only_model)
-        print(f"made {flags.folder}" + f"; to go on: trainer.train(resume_from_checkpoint={flags.folder!r})" * (not flags.only_model))
+        print(f"made {flags.folder}" + f"; to go on: trainer.train(resume_from_checkpoint={flags.folder!r}), with the same batch size, accumulation, ranks and data"
+              * (not flags.only_model))
     else:
         made = from_hf(flags.folder, flags.output_dir, None, flags.num_samples, flags.dataloader_drop_last)
         print(f"made {made}; to go on: --output_dir {flags.output_dir} --resume_from_checkpoint True")
@@ -92,10 +93,10 @@ def to_hf(path: str, folder: str, only_model: bool = False) -> None:
         if manifest["only_model"] and not only_model:
             print(f"note: {path} holds weights alone (--save_only_model): so does {folder}, and the HF Trainer starts a new optimizer")
         only_model = only_model or manifest["only_model"]
-        kind, schedule = stored["optimizer"]["class"], args.get("lr_scheduler_type")
-        if not only_model and (kind not in ("AdamW", "SGD") or schedule == "reduce_lr_on_plateau"):
-            what = f"the optimizer {show(kind)}" if kind not in ("AdamW", "SGD") else "the state of reduce_lr_on_plateau"
-            raise UsageError(f"{path}: {what} has no like in a checkpoint of the HF Trainer: give --only_model for the weights alone")
+        if not only_model and (problem := find_obstacle(stored, args)):
+            raise UsageError(f"{path}: {problem}; give --only_model for the weights alone")
+        if any(name.startswith("ema-") for name in manifest["files"]):
+            print(f"note: the averaged weights of {path} (--ema_decay) stay behind")
         shapes = write_weights(path, tmp, stored["tied"])
         for name in manifest["files"]:
             if not OURS.fullmatch(name):
@@ -110,6 +111,25 @@ def to_hf(path: str, folder: str, only_model: bool = False) -> None:
         progress = trainer_state(path, folder, stored, args)
         with open(os.path.join(tmp, "trainer_state.json"), "w", encoding="utf-8") as file:
             file.write(json.dumps(progress, indent=2, sort_keys=True) + "\n")
+
+
+def find_obstacle(stored: dict, args: dict) -> str:
+    """Why the HF Trainer could not go on from a checkpoint, or ""."""
+    state, kind, ranks = stored["state"], stored["optimizer"]["class"], stored["world_size"]
+    if kind not in ("AdamW", "SGD"):
+        return f"the HF Trainer has no optimizer {show(kind)} of that state"
+    if args.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+        return "the state of reduce_lr_on_plateau is not converted"
+    if stored["planned"]["num_train_epochs"] == sys.maxsize:
+        return "its training data is a stream, in which the HF Trainer would not find the place"
+    known = re.match(r"(\d{1,15}) samples", state["data"])
+    if known and state["samples_per_update"]:       # the HF Trainer works the place out from the number of updates
+        accumulation, last = args["gradient_accumulation_steps"], args["dataloader_drop_last"]
+        micro = args["per_device_train_batch_size"] * ranks
+        per_epoch, here = (-(-(samples // micro if last else -(-samples // micro)) // accumulation) for samples in (int(known[1]), state["samples_seen"]))
+        if state["global_step"] != state["epochs_done"] * per_epoch + here:
+            return f"{state['global_step']} updates are not what this batch size makes of the data so far, so the HF Trainer would go on at another sample"
+    return ""
 
 
 def read_whole(files: PartFiles, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -219,49 +239,76 @@ def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_sa
     ranks = len([name for name in os.listdir(folder) if RNG.fullmatch(name)]) if os.path.isdir(folder) else 0
     if not ranks:
         raise UsageError(f"{folder} has no rng_state.pth: it is no checkpoint of the HF Trainer, or holds weights alone, and no run can go on from it", 3)
-    with reading(folder, "trainer_state.json"):
-        theirs = read_json(folder, "trainer_state.json")
-        rows, step, batch = theirs.get("log_history") or [], theirs["global_step"], theirs["train_batch_size"]
-        if not all(alike(number, 0) for number in (step, batch)) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("impossible values: global_step, train_batch_size or log_history")
-        log = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        epochs_done, samples_seen = find_position(theirs, num_samples, batch * ranks, drop_last)
-    weights, like = read_weights(folder, model)
-    kind, groups, settings, tensors = read_optimizer(folder, like)
-    with reading(folder, "scheduler.pt"):
-        schedule = load_plain(folder, "scheduler.pt")
-        if "num_bad_epochs" in schedule or not alike(schedule["last_epoch"], 0) or schedule["last_epoch"] > step:
-            raise ValueError("it is of reduce_lr_on_plateau, which is not taken over" if "num_bad_epochs" in schedule else
-                             f"it has made {show(schedule['last_epoch'])} of {step} updates")
-        known = {"per_device_train_batch_size": batch, "learning_rate": schedule["base_lrs"][0], "weight_decay": settings[0]["weight_decay"]}
-    best = theirs.get("best_global_step") or 0
+    theirs = read_progress(folder)
+    step, best = theirs["global_step"], theirs["best_global_step"]
     best_folder = os.path.join(os.path.dirname(os.path.abspath(folder)), f"checkpoint-{best}")
-    last, per_epoch = next((row for row in reversed(rows) if "learning_rate" in row), {}), num_samples or 0
+    best_saved = best if best == step or best and os.path.isdir(best_folder) else 0
+    round_size = theirs["train_batch_size"] * ranks
+    epochs_done, samples_seen = find_position(theirs, num_samples, round_size, drop_last)
+    weights, like = read_weights(folder, model)
+    applied, base_lr, upcoming = read_schedule(folder, step)
+    optimizer, tensors = read_optimizer(folder, like)
+    log = "".join(json.dumps(row) + "\n" for row in theirs["log_history"]).encode()
     state = TrainState(
-        global_step=step, skipped_steps=step - schedule["last_epoch"], recent_skipped_steps=step - schedule["last_epoch"], last_logged_step=step,
-        epochs_done=epochs_done, samples_seen=samples_seen, total_samples=samples_seen + epochs_done * (per_epoch - per_epoch % (batch * ranks) * drop_last),
-        learning_rate=last.get("learning_rate", 0.0), grad_norm=last.get("grad_norm"), log_bytes=len(log), best_metric=theirs.get("best_metric"),
-        best_global_step=best, best_saved_step=best if best == step or best and os.path.isdir(best_folder) else 0,
-        **{name: theirs.get(name, 0) for name in ("epoch", "num_input_tokens_seen", "total_flos")})
-    callbacks = [[name, kept] for name, several in theirs.get("stateful_callbacks", {}).items() if name != "TrainerControl"
-                 for kept in (several if isinstance(several, list) else [several]) if kept.get("attributes")]
-    scaler = load_plain(folder, "scaler.pt") if os.path.exists(os.path.join(folder, "scaler.pt")) else {}
-    content = {"state": state.to_dict(), "callbacks": callbacks, "scaler": scaler, "world_size": ranks, "stream": None, "schedule": {},
-               "optimizer": {"class": kind, "evaluates": False, "extra": None, "groups": groups, "settings": settings}, "tied": tied_names(like),
-               "planned": {**{name: theirs.get(name, 0) for name in PLANNED}, "learning_rate": schedule["_last_lr"][0]}}
-    final, best_final = (os.path.join(output_dir, f"checkpoint-{number}") for number in (step, best))
+        global_step=step, skipped_steps=step - applied, recent_skipped_steps=step - applied, last_logged_step=step, epochs_done=epochs_done,
+        samples_seen=samples_seen, total_samples=samples_seen + epochs_done * ((num_samples or 0) - (num_samples or 0) % round_size * drop_last),
+        log_bytes=len(log), best_saved_step=best_saved,
+        **{name: theirs[name] for name in ("epoch", "num_input_tokens_seen", "total_flos", "learning_rate", "grad_norm", "best_metric", "best_global_step")})
+    content = {"state": state.to_dict(), "optimizer": optimizer, "callbacks": theirs["callbacks"], "scaler": read_scaler(folder), "world_size": ranks,
+               "stream": None, "schedule": {}, "tied": tied_names(like), "planned": {**{name: theirs[name] for name in PLANNED}, "learning_rate": upcoming}}
+    known = {"taken_over_from": os.path.abspath(folder), "per_device_train_batch_size": theirs["train_batch_size"], "learning_rate": base_lr}
+    final = os.path.join(output_dir, f"checkpoint-{step}")
     with making(final) as tmp:
-        files = {f"rng-{rank}.json": plan_json(load_rng(folder, rank, ranks)) for rank in range(ranks)}
+        files = {f"rng-{rank}.json": plan_rng(folder, rank, ranks) for rank in range(ranks)}
         write_checkpoint(folder, tmp, weights, content, known, {**files, "optimizer-0.safetensors": plan_tensors(tensors, numbers="{}")})
-        if state.best_saved_step not in (0, step):
-            del weights, tensors
-            with making(best_final) as other:
-                content["state"] |= {"global_step": best, "log_bytes": 0}
-                write_checkpoint(best_folder, other, read_weights(best_folder, model)[0], content, known)
+        if best_saved not in (0, step):
+            with making(os.path.join(output_dir, f"checkpoint-{best}")) as other:
+                before = {**content, "state": {**content["state"], "global_step": best, "log_bytes": 0}}
+                write_checkpoint(best_folder, other, read_weights(best_folder, model)[0], before, known)
         with open(os.path.join(output_dir, "metrics.jsonl"), "wb") as file:
             file.write(log)
         sync(os.path.join(output_dir, "metrics.jsonl"))
     return final
+
+
+def read_progress(folder: str) -> dict:
+    """trainer_state.json, with what is used of it there and of the right kind; and the "callbacks" as our checkpoints have them."""
+    with reading(folder, "trainer_state.json"):
+        theirs = read_json(folder, "trainer_state.json")
+        found = {name: theirs[name] for name in ("epoch", "global_step", "train_batch_size")}
+        found |= {name: theirs.get(name) or 0 for name in (*PLANNED, "num_input_tokens_seen", "total_flos", "best_global_step")}
+        found |= {"best_metric": theirs.get("best_metric"), "log_history": theirs.get("log_history") or []}
+        last = next((row for row in reversed(found["log_history"]) if "learning_rate" in row), {})
+        found |= {"learning_rate": last.get("learning_rate", 0.0), "grad_norm": last.get("grad_norm")}
+        like = {**dict.fromkeys(found, 0), "epoch": 0.0, "total_flos": 0.0, "best_metric": None, "learning_rate": 0.0, "grad_norm": None,
+                **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), 0.0), "log_history": found["log_history"]}
+        wrong = [name for name in found if name not in ("log_history", "num_train_epochs") and not alike(found[name], like[name])]
+        if wrong or found["epoch"] < 0 or found["train_batch_size"] < 1 or found["best_global_step"] > found["global_step"]:
+            raise ValueError(f"impossible values: {', '.join(wrong) or 'epoch, train_batch_size or best_global_step'}")
+        several = {name: kept if isinstance(kept, list) else [kept] for name, kept in (theirs.get("stateful_callbacks") or {}).items()}
+        found["callbacks"] = [[name, kept] for name, states in several.items() if name != "TrainerControl" for kept in states if kept.get("attributes")]
+        return found
+
+
+def read_schedule(folder: str, step: int) -> tuple[int, float, float]:
+    """(updates that it has made, its peak, the learning rate of the next update)."""
+    schedule = load_plain(folder, "scheduler.pt")
+    with reading(folder, "scheduler.pt"):
+        if "num_bad_epochs" in schedule:
+            raise ValueError("it is of reduce_lr_on_plateau, whose state is not taken over")
+        applied = schedule["last_epoch"]
+        if not alike(applied, 0) or applied > step:
+            raise ValueError(f"it has made {show(applied)} of {step} updates")
+        return applied, float(schedule["base_lrs"][0]), float(schedule["_last_lr"][0])
+
+
+def read_scaler(folder: str) -> dict:
+    """The loss scale of fp16, if there is one."""
+    if not os.path.exists(os.path.join(folder, "scaler.pt")):
+        return {}
+    scaler = load_plain(folder, "scaler.pt")
+    with reading(folder, "scaler.pt"):
+        return {str(name): value if isinstance(value, int) else float(value) for name, value in scaler.items()}
 
 
 def find_position(theirs: dict, num_samples: int | None, round_size: int, drop_last: bool) -> tuple[int, int]:
@@ -287,9 +334,9 @@ def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor
     if os.path.exists(os.path.join(folder, index)):
         with reading(folder, index):
             for name in {*read_json(folder, index)["weight_map"].values()}:
-                if not PLAIN_NAME.fullmatch(name) or not os.path.isfile(os.path.join(folder, name)):
+                if not PLAIN_NAME.fullmatch(name) or not is_plain(os.path.join(folder, name)):
                     raise ValueError(f"it names {show(name)}, which is no file beside it")
-    elif not os.path.exists(os.path.join(folder, "model.safetensors")):
+    elif not is_plain(os.path.join(folder, "model.safetensors")):
         raise UsageError(f"{folder} has no model.safetensors: other forms of weights are not taken over", 3)
     if hasattr(model, "save_pretrained") or model is None and os.path.exists(os.path.join(folder, "config.json")):
         with reading(folder, "config.json"):
@@ -297,24 +344,31 @@ def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor
             loaded, info = cls.from_pretrained(folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, local_files_only=True)
         if problems := [f"{what.replace('_', ' ')}: {', '.join(sorted(show(key) for key in info[what]))}" for what in info if info[what]]:
             raise UsageError(f"{folder}/model.safetensors is not of this {cls.__name__}: {'; '.join(problems):.1000}", 3)
-        return {name: tensor.detach() for name, tensor in model_weights(loaded).items()}, loaded if model is None else model
-    if model is None:
+        weights, model = {name: tensor.detach() for name, tensor in model_weights(loaded).items()}, loaded if model is None else model
+    elif model is None:
         raise UsageError(f"{folder} has no config.json: only the program that builds its model knows which state belongs to which parameter; give that one "
                          f"--resume_from_checkpoint {folder}")
-    with PartFiles(folder, "model") as files, reading(folder, files.name):
-        weights = {name: read_whole(files, name, files.shape(name)) for name in files.found}
-    for other, name in tied_names(model).items():       # the file has one of the names, or both
-        if other in weights and not torch.equal(weights[other], weights.setdefault(name, weights[other])):
-            raise UsageError(f"{folder}: {other} and {name} are one weight of the model, and two in the file", 3)
-        weights.pop(other, None)
+    else:
+        with PartFiles(folder, "model") as files, reading(folder, files.name):
+            weights = {name: read_whole(files, name, files.shape(name)) for name in files.found}
+        for other, name in tied_names(model).items():       # the file has one of the names, or both
+            if other in weights and not torch.equal(weights[other], weights.setdefault(name, weights[other])):
+                raise UsageError(f"{folder}: {other} and {name} are one weight of the model, and two in the file", 3)
+            weights.pop(other, None)
     if problems := misfits({name: tuple(p.shape) for name, p in model_weights(model).items()}, {name: tuple(tensor.shape) for name, tensor in weights.items()}):
         raise UsageError("\n  ".join([f"{folder}/model.safetensors is of another model:", *problems]), 3)
     return weights, model
 
 
+def is_plain(path: str) -> bool:
+    return os.path.isfile(path) and not os.path.islink(path)
+
+
 def load_plain(folder: str, name: str, safe: list = ()) -> dict:
     """Tensors and plain values of a file of torch.save. safe: what else may be in it."""
     with reading(folder, name):
+        if not is_plain(os.path.join(folder, name)):
+            raise ValueError("it is missing, or no plain file")
         try:
             with torch.serialization.safe_globals(list(safe)):
                 return torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True)
@@ -324,34 +378,37 @@ def load_plain(folder: str, name: str, safe: list = ()) -> dict:
             raise ValueError("it is damaged, or holds other things than tensors and plain values, and is not unpickled") from None
 
 
-def read_optimizer(folder: str, model: nn.Module) -> tuple[str, list[list[str]], list[dict], dict[str, Tensor]]:
-    """(class, names of the parameters in the groups, settings of the groups, states by "parameter name.state name"). The groups of the
-    HF Trainer are the same as ours: decayed parameters, and the others."""
+def read_optimizer(folder: str, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+    """(what state.json tells of an optimizer, its states by "parameter name.state name"). The HF Trainer groups parameters as we do: the
+    decayed ones, and the others. Its numbers count them through the groups."""
     packed = load_plain(folder, "optimizer.pt")
     with reading(folder, "optimizer.pt"):
-        settings, states = [plain_settings(group) for group in packed["param_groups"]], packed["state"]
-        keys = {key for state in states.values() for key in state}
-        if keys <= {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} and all("amsgrad" in g and g.get("decoupled_weight_decay", True) for g in settings):
-            kind = "AdamW"
-        elif keys <= {"momentum_buffer"} and all("nesterov" in group for group in settings):
-            kind = "SGD"
-        else:
-            raise ValueError(f"it is of neither AdamW nor SGD, as its states {show(sorted(keys))} tell: other optimizers are not taken over")
-        shapes, names = {name: p.shape for name, p in model.named_parameters()}, {p: name for name, p in model.named_parameters()}
-        groups = [[names[p] for p in group["params"]] for group in parameter_groups(model, 0.0)]
+        states, settings, tensors = packed["state"], [plain_settings(group) for group in packed["param_groups"]], {}
+        kind = tell_class({key for state in states.values() for key in state}, settings)
+        parameters = dict(model.named_parameters())
+        name_of = {p: name for name, p in parameters.items()}
+        groups = [[name_of[p] for p in group["params"]] for group in parameter_groups(model, 0.0)]
         if (found := [len(group["params"]) for group in packed["param_groups"]]) != (ours := [len(group) for group in groups]):
             raise ValueError(f"its groups have {show(found)} parameters, and those of the model {ours}")
-        tensors = {}
         for names, group in zip(groups, packed["param_groups"]):
             for name, number in zip(names, group["params"]):
                 for key, value in states.get(number, {}).items():
                     tensors[f"{name}.{key}"] = value = value if isinstance(value, Tensor) else torch.tensor(float(value))
-                    if value.shape != (() if key == "step" else shapes[name]):
-                        raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}, and the parameter {tuple(shapes[name])}")
-    return kind, groups, settings, tensors
+                    if value.shape != (() if key == "step" else parameters[name].shape) or value.layout is not torch.strided:
+                        raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}, and the parameter {tuple(parameters[name].shape)}")
+    return {"class": kind, "evaluates": False, "extra": None, "groups": groups, "settings": settings}, tensors
 
 
-def load_rng(folder: str, rank: int, ranks: int) -> dict:
+def tell_class(keys: set[str], settings: list[dict]) -> str:
+    """Which optimizer has states of these names, and such settings of its groups."""
+    if keys <= {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} and all("amsgrad" in group and group.get("decoupled_weight_decay", True) for group in settings):
+        return "AdamW"
+    if keys <= {"momentum_buffer"} and all("nesterov" in group for group in settings):
+        return "SGD"
+    raise ValueError(f"it is of neither AdamW nor SGD, as its states {show(sorted(keys))} tell: other optimizers are not taken over")
+
+
+def plan_rng(folder: str, rank: int, ranks: int) -> FilePlan:
     """A rank's random generators, as distributed.rng_state gives them."""
     name = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
     found = load_plain(folder, name, NUMPY)
@@ -359,8 +416,8 @@ def load_rng(folder: str, rank: int, ranks: int) -> dict:
         kind, words, *rest = found["numpy"]
         cuda = found.get("cuda")
         cuda = cuda[rank % len(cuda)] if isinstance(cuda, list) else cuda       # of several ranks, the list of all devices
-        return {"python": list(found["python"]), "numpy": [kind, words.tolist(), *rest], "torch": found["cpu"].numpy().tobytes().hex(),
-                "cuda": None if cuda is None else cuda.numpy().tobytes().hex()}
+        return plan_json({"python": list(found["python"]), "numpy": [kind, words.tolist(), *rest], "torch": found["cpu"].numpy().tobytes().hex(),
+                          "cuda": None if cuda is None else cuda.numpy().tobytes().hex()})
 
 
 def write_checkpoint(folder: str, tmp: str, weights: dict[str, Tensor], content: dict, known: dict, more: dict[str, FilePlan] | None = None) -> None:
