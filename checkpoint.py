@@ -294,7 +294,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
     """What from_pretrained wants beside the weights: the configuration of a transformers model, and the files of a tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
-        if hasattr(getattr(model, "config", None), "to_json_string") and hasattr(model, "save_pretrained"):
+        transformers = sys.modules.get("transformers")      # if the model is one of its own, it has been imported
+        if transformers is not None and isinstance(model, transformers.PreTrainedModel) and not hasattr(model, "lora"):     # of adapters, the base has it
             config = copy.deepcopy(model.config)        # as save_pretrained of the model completes it; fully_shard has put a class in front
             config.architectures = [next(cls.__name__ for cls in type(model).__mro__ if not hasattr(cls, "reshard"))]
             config.dtype = model.dtype

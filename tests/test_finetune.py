@@ -79,6 +79,9 @@ def test_a_language_model_learns_by_adapters_and_resumes_on_its_base(causal_lm, 
     whole = finetune_lm.run([*flags, "--save_steps", "8", "--output_dir", str(tmp_path / "whole")])
     results = json.loads((tmp_path / "whole/eval_results.json").read_text())
     assert results["eval_loss"] < results["eval_baseline"]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer, theirs = (cls.from_pretrained(tmp_path / "whole/checkpoint-12") for cls in (AutoTokenizer, AutoModelForCausalLM))
+    torch.testing.assert_close(logits(theirs, tokenizer), logits(whole.model, tokenizer), rtol=0, atol=1e-5)
     resumed = finetune_lm.run([*flags, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-8")])
     assert all(np.array_equal(p.detach().numpy(), whole.model.get_parameter(name).detach().numpy()) for name, p in resumed.model.named_parameters())
 

@@ -20,15 +20,15 @@ CODE = [line.partition("#")[0] for line in BLOCKS] + SPANS
 
 TORCHRUN = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "signals-to-handle", "shutdown-timeout", "no-deps"}
 SLURM = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signal"}
-WRITTEN_BY_A_RUN = {"metrics.jsonl", "model.safetensors", "optimizer-R.safetensors", "ema-R.safetensors", "rng-R.json", "state.json",
+WRITTEN_BY_A_RUN = {"metrics.jsonl", "model.safetensors", "optimizer-R.safetensors", "adapter_model.safetensors", "adapter_config.json", "config.json", "ema-R.safetensors", "rng-R.json", "state.json",
                     "args.json", "manifest.json", "status.json", "train_results.json", "eval_results.json", "test_results.json", "all_results.json"}
 HF_WRITES = {"trainer_state.json"}
 
 
 def is_path(word: str) -> bool:
-    """Words of code with a slash or a known ending; bare .name is an attribute, and runs/ and mine/ are the reader's own."""
+    """Words of code with a slash or a known ending; bare .name is an attribute, and runs/, mine/ and hf/ are the reader's own."""
     path = "/" in word or re.search(r"\w\.(py|md|txt|toml|svg|json|jsonl|csv|parquet|safetensors)$", word)
-    return bool(path) and not word.startswith(("runs/", "mine/", "checkpoint-", ".venv/")) and word not in WRITTEN_BY_A_RUN | HF_WRITES
+    return bool(path) and not word.startswith(("runs/", "mine/", "hf/", "OWNER/", "checkpoint-", ".venv/")) and word not in WRITTEN_BY_A_RUN | HF_WRITES
 
 
 def section(title: str) -> str:
