@@ -17,8 +17,9 @@ from types import NoneType
 import torch
 from tqdm import tqdm
 
-from distributed import World, local_part
+from distributed import local_part
 from state import Run, UsageError
+from world import World
 from zero import plain
 
 

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from adapters import adapter_weights
 from args import changed_args
-from distributed import local_part, rng_state, set_rng_state, set_seed
+from distributed import local_part
 from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
 from schedules import Plateau
 from state import Run, TrainState, UsageError
@@ -62,6 +62,7 @@ from storage import (
     sync,
     write_file,
 )
+from world import rng_state, set_rng_state, set_seed
 from zero import ELEMENTWISE, Part, whole_parameters
 
 MAX_FILE_BYTES = 5 * 10**9      # of weights in one file

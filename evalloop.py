@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed import World, rng_state, set_rng_state
 from state import Batch, LossFn, Run, UsageError
+from world import World, rng_state, set_rng_state
 
 PredictFn = Callable[[nn.Module, Batch], Any]   # (model, micro-batch) -> predictions: tensors with one row per sample, (B, ...)
 # (predictions, labels) -> dict of numbers, or an object with reset(), update(predictions, labels) and compute() -> dict

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from collators import IGNORE
-from distributed import set_seed
 from state import Batch, SampleError, UsageError
+from world import set_seed
 
 
 class Request(NamedTuple):

@@ -17,9 +17,9 @@ import stat
 import sys
 import time
 
-from distributed import World
 from state import UsageError
 from storage import PLAIN_NAME, describe_file, read_json, reading, show
+from world import World
 
 FORMAT = 5     # of the folder, in its manifest
 LOCK_WAIT_S = 5                 # for a run that was killed a moment ago to be gone

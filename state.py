@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from args import TrainArgs
     from callbacks import Callbacks
-    from distributed import World
     from optim import EMA
     from precision import Precision
+    from world import World
     from zero import Parallel
 
 Batch = dict[str, Any]      # tensors for the model, and the ints num_items and num_samples for the loop

@@ -14,7 +14,7 @@ from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressC
 from checkpoint import load_checkpoint, load_for_evaluation, load_state, load_weights
 from collators import default_collator
 from data import build_data, keep_columns
-from distributed import World, build_on, open_world, parallelize, set_seed
+from distributed import build_on, parallelize
 from evalloop import evaluate, likeliest, predict, save_results
 from loader import Loader
 from loop import plan, train, train_step, windows
@@ -26,6 +26,7 @@ from rundir import find_checkpoint, find_damage, is_of_hf_trainer
 from schedules import build_schedule, notice
 from state import Run, UsageError, run_main
 from storage import reading
+from world import World, open_world, set_seed
 
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
     function of that name in data.py, model.py, ..., `evaluate` for the ones of metrics, and `parse_args` for flags and description."""
     args = parse_args(argv, flags, description)               # args.py        one flat dataclass
     refuse_flags(args, build_data, build_model, flags)
-    with open_world(args) as world:                           # distributed.py one process is not a special case
+    with open_world(args) as world:                           # world.py       one process is not a special case
         checkpoint = find_checkpoint(args, world)             # rundir.py      before the work of reading data
         set_seed(args.seed)                                   # the same initial weights on every rank
         data = build_data(args)                               # data.py        <- your data

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from state import UsageError
 
 if TYPE_CHECKING:
-    from distributed import World
+    from world import World
 
 # torch's optimizers that update each element by itself; others say so by an attribute, elementwise = True
 ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,

@@ -55,7 +55,7 @@ def measure(case: str, samples: int, vocab: int) -> None:
             trainer.evaluate()
         else:
             from args import TrainArgs
-            from distributed import open_world
+            from world import open_world
             from loss import logits_loss
             from tools.metrics import Accuracy
             from train import assemble

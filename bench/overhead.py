@@ -17,7 +17,6 @@ import torch
 from args import TrainArgs
 from collators import default_collator
 from data import Blocks
-from distributed import open_world, set_seed
 from loader import Loader
 from loop import train
 from loss import compute_loss
@@ -25,6 +24,7 @@ from model import GPT
 from optim import build_optimizer
 from schedules import build_schedule
 from train import assemble
+from world import open_world, set_seed
 
 
 def make(updates: int) -> tuple[TrainArgs, GPT, Blocks]:

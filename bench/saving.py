@@ -45,11 +45,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from args import TrainArgs
 from checkpoint import Saver, load_checkpoint
 from data import Blocks
-from distributed import build_on, local_part, open_world, parallelize
+from distributed import build_on, local_part, parallelize
 from model import GPT
 from rundir import find_damage
 from tests import ranks as pool
 from train import assemble
+from world import open_world
 
 SAVES, SAMPLE_S, BUCKET = 3, 0.005, 25 * 2**20
 

@@ -13,7 +13,6 @@ from transformers import TrainingArguments, set_seed
 
 from args import TrainArgs
 from checkpoint import load_model
-from distributed import rng_state
 from loss import cross_entropy
 from rundir import list_checkpoints
 from state import UsageError
@@ -21,6 +20,7 @@ from storage import read_json
 from tests.parity import hf
 from tests.toy import flat, rows, run_training, train_and
 from tools.convert import from_hf, main, to_hf
+from world import rng_state
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

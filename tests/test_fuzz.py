@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 
-from distributed import open_world
 from loop import train
 from loss import compute_loss
 from rundir import checksum, find_checkpoint, verify
@@ -29,6 +28,7 @@ from state import UsageError
 from storage import MAX_JSON_BYTES, describe_file
 from tests.test_resume import Patience
 from tests.toy import arguments, gpt, run_training, sequences, toy_run
+from world import open_world
 
 FILES = ("args.json", "ema-0.safetensors", "manifest.json", "model.safetensors", "optimizer-0.safetensors", "rng-0.json", "state.json")
 SETTINGS = {"ema_decay": 0.5, "fp16": True, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}

@@ -9,10 +9,11 @@ from torch import nn
 
 from adapters import Lora, add_lora, merge, remove_lora
 from checkpoint import load_model, model_weights
-from distributed import set_seed, whole
+from distributed import whole
 from model import GPT
 from state import UsageError
 from tests.toy import arguments, gpt, sequences, train_and
+from world import set_seed
 from zero import plain
 
 SETTINGS = {"lora_rank": 2, "lora_alpha": 8.0, "max_steps": 6}

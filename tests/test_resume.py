@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from callbacks import Callback
-from distributed import rng_state
 from evalloop import evaluate
 from loop import train
 from loss import compute_loss
 from rundir import list_checkpoints
 from state import UsageError
 from tests.toy import Numbers, arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run, weights
+from world import rng_state
 
 ROOT = Path(__file__).parent.parent
 # 11 samples in windows of 2 x 2 on one process: 3 updates per epoch, the last one short; dropout on

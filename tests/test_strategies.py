@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 from callbacks import Callback
-from distributed import build_on, open_world, parallelize, set_seed, whole
+from distributed import build_on, parallelize, whole
 from evalloop import evaluate, predict
 from loader import Loader
 from loop import train, train_step
@@ -24,6 +24,7 @@ from state import UsageError
 from tests.naive import train_naively
 from tests.toy import LENGTH, VOCAB, arguments, rows, sequences, toy_run, train_and, weights
 from tools.generate import generate
+from world import open_world, set_seed
 
 STRATEGIES = [(3, "ddp"), (3, "zero1"), (2, "zero2"), (3, "fsdp"), (4, "hsdp")]
 SAMPLES = 61        # in windows of 24: the third of a pass is uneven, and on 4 ranks one of them has nothing in its last micro-batch

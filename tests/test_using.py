@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from data import Data
-from distributed import open_world
 from rundir import list_checkpoints, lock
 from state import UsageError
 from tests.test_main import TINY
 from tests.toy import arguments, rows
 from train import run as main
+from world import open_world
 
 TRAIN = [*TINY, "--learning_rate", "1e-2", "--per_device_eval_batch_size", "64", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
 

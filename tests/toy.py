@@ -11,11 +11,12 @@ import torch
 from args import TrainArgs
 from callbacks import ProgressCallback
 from collators import default_collator
-from distributed import open_world, set_seed, whole
+from distributed import whole
 from loop import train
 from loss import compute_loss
 from model import GPT
 from train import assemble
+from world import open_world, set_seed
 
 VOCAB, LENGTH = 17, 8
 

@@ -409,7 +409,7 @@ def tell_class(keys: set[str], settings: list[dict]) -> str:
 
 
 def plan_rng(folder: str, rank: int, ranks: int) -> FilePlan:
-    """A rank's random generators, as distributed.rng_state gives them."""
+    """A rank's random generators, as world.rng_state gives them."""
     name = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
     found = load_plain(folder, name, NUMPY)
     with reading(folder, name):

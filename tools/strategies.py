@@ -25,11 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from args import TrainArgs
 from callbacks import Callback
 from data import Blocks
-from distributed import build_on, find_units, local_part, open_world, set_seed, whole
+from distributed import build_on, find_units, local_part, whole
 from loop import train
 from loss import compute_loss
 from model import GPT
 from tests.ranks import Ranks
+from world import open_world, set_seed
 
 BATCH, LENGTH, BUCKET_MB = 8, 32, 0.05
 BOUNDS = {"float64": 1e-11, "float32": 1e-5, "bf16": 3e-2, "fp16": 3e-2}
