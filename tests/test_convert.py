@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,16 @@ def test_from_pretrained_takes_a_checkpoint_as_it_is(tmp_path, case):
     assert {"tokenizer.json", "tokenizer_config.json"} <= {*os.listdir(tmp_path / "hf")}
 
 
+def test_a_processing_class_that_makes_folders_is_refused(tmp_path):
+    class Deep:
+        def save_pretrained(self, folder):
+            os.mkdir(os.path.join(folder, "templates"))
+    with pytest.raises(UsageError, match="processing_class saves 'templates'"):
+        run_training(TrainArgs(**settings("plain", tmp_path)), cross_entropy_sum, model=Plain(), train_set=data("plain"),
+                     collate=lambda samples: collate(samples, "plain", True), processing_class=Deep())
+    assert not list_checkpoints(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------- progress
 
 def test_the_log_and_the_best_model_go_there(ours, tmp_path, capsys):
@@ -509,8 +520,12 @@ def test_weights_alone_stay_weights_alone(tmp_path, capsys):
     assert "holds weights alone" in refusal(take_over, tmp_path / "hf", tmp_path / "again")
 
 
-def test_a_checkpoint_of_version_4_with_other_fields_is_taken_over(theirs, tmp_path):
+def test_a_checkpoint_of_version_4_with_other_fields_and_names_is_taken_over(theirs, tmp_path):
     folder = copied(theirs, tmp_path)
+    with zipfile.ZipFile(theirs / f"checkpoint-{CUT}" / "rng_state.pth") as old, zipfile.ZipFile(folder / "rng_state.pth", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"numpy._core.", b"numpy.core."))
+    assert (folder / "rng_state.pth").read_bytes().count(b"numpy.core.")
     state = read_json(folder, "trainer_state.json")
     for name in ("best_global_step", "trial_name", "trial_params", "stateful_callbacks"):
         del state[name]

@@ -33,7 +33,8 @@ PLANNED = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save
 OURS = re.compile(r"(model|optimizer|ema|rng)(-.*)?\.(safetensors|json)|model\.safetensors\.index\.json|(state|args|manifest|config)\.json")
 BESIDE = re.compile(r"(?!trainer_state|model\.safetensors).*\.(json|txt|jinja|model)")      # configuration and tokenizer in a folder of the HF Trainer
 RNG = re.compile(r"rng_state(?:_(\d{1,6}))?\.pth")
-NUMPY = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]     # what a state of NumPy's generator is made of
+REBUILD = np._core.multiarray._reconstruct
+NUMPY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, type(np.dtype(np.uint32))]     # a state of NumPy's generator, 1 or 2
 
 
 def main(argv: list[str] | None = None) -> None:
