@@ -72,7 +72,7 @@ class Callbacks:
             method = getattr(callback, event, None)
             if method is not None:
                 changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
-                                 lr_scheduler=run.schedule, processing_class=None, **self.dataloaders, **kwargs)
+                                 lr_scheduler=run.schedule, processing_class=run.processing_class, **self.dataloaders, **kwargs)
                 vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
         if event in AGREED_AFTER:
             *flags, self.control.stop_code = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.stop_code)
