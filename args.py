@@ -149,6 +149,9 @@ class TrainArgs:
     save_async: bool = arg(False, "train on while a checkpoint is written from a copy in memory")
     save_errors: Literal["stop", "continue"] = arg("stop", "what to do when a save fails: stop, or train on and try again at the next one")
     save_on_each_node: bool = arg(False, "every host writes whole checkpoints into an output_dir of its own")
+    report_to: str = arg("none", "who is told beside metrics.jsonl, with commas: tensorboard (in output_dir/tensorboard), wandb, mlflow")
+    report_histograms: bool = arg(False, "tensorboard: at each log the weights and gradients too, as far as rank 0 holds them whole")
+    profile: str | None = arg(None, "FIRST:LAST, updates of which a trace by torch.profiler is written to output_dir/profile, for Perfetto or Chrome")
     disable_tqdm: bool | None = arg(None, "no progress bar (default: none where stderr is not a terminal)")
 
     def __post_init__(self):
@@ -156,8 +159,9 @@ class TrainArgs:
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.resume_from_checkpoint is not None:
             self.resume_from_checkpoint = os.path.expanduser(str(self.resume_from_checkpoint))
-        if isinstance(self.label_names, (list, tuple)):
-            self.label_names = ",".join(self.label_names)
+        for name in ("label_names", "report_to"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, ",".join(getattr(self, name)))
         if self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -175,6 +179,11 @@ class TrainArgs:
     def allowed(self) -> list[str]:
         """What --allow_change names."""
         return (self.allow_change or "").split(",")
+
+    @property
+    def reports(self) -> list[str]:
+        """Those of --report_to."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip() != "none"]
 
     @property
     def label_columns(self) -> list[str]:
@@ -348,6 +357,11 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
          "--early_stopping_threshold needs --early_stopping_patience")
     for name, default in (("dataloader_prefetch_factor", None), ("dataloader_persistent_workers", False)):
         need(f"{name} dataloader_num_workers", getattr(a, name) == default or a.dataloader_num_workers > 0, f"--{name} needs --dataloader_num_workers")
+    for name in a.reports:
+        need("report_to", name in ("tensorboard", "wandb", "mlflow"), f"report_to={name}: expected tensorboard, wandb, mlflow, with commas, or none")
+    need("report_histograms report_to", not a.report_histograms or "tensorboard" in a.reports, "--report_histograms needs --report_to tensorboard")
+    need("profile", a.profile is None or re.fullmatch(r"\d{1,12}:\d{1,12}", a.profile) is not None and 1 <= int(a.profile.split(":")[0]) <= int(a.profile.split(":")[1]),
+         f"profile={a.profile}: expected the first and the last update of the trace, as 10:12")
     need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
     fixed = [f.name for f in dataclasses.fields(a) if f.metadata["fixed"]]

@@ -82,6 +82,11 @@ class Callbacks:
     def log(self, run: Run, logs: dict) -> None:
         """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank. Rows are whole, or not
         there; NaN and Infinity are written as Python's json does."""
+        with run.world.clock.within("log", hold=True):
+            self.keep(run, logs)
+            self.fire("on_log", run, logs=logs)
+
+    def keep(self, run: Run, logs: dict) -> None:
         logs["epoch"] = run.state.epoch
         if run.world.is_main and run.state.log_path:        # evaluation without training leaves the history as it is
             self.unwritten.append(json.dumps({**logs, "step": run.state.global_step}) + "\n")
@@ -93,7 +98,6 @@ class Callbacks:
                 raise
             if run.world.is_main:
                 print(f"warning: {error}; the row waits for the next one (--save_errors continue)", file=sys.stderr)
-        self.fire("on_log", run, logs=logs)
 
     def write_rows(self, run: Run) -> None:
         """Appends the rows that wait, and takes back what a full disk took only in part."""
@@ -213,12 +217,70 @@ class CheckReplicas(Callback):
                                  f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
 
 
+class TensorBoardCallback(Callback):
+    """Every row as curves, train/loss, eval/loss and so on, and the settings, in output_dir/tensorboard; histograms: at each log weights
+    and gradients too, of what this rank holds whole. A resumed run takes back what had been written after its checkpoint. Rank 0 only."""
+
+    def __init__(self, histograms: bool = False):
+        self.histograms, self.writer = histograms, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step + 1)
+        if state.global_step == 0:
+            self.writer.add_text("settings", "\n".join(f"    {key}: {value!r}" for key, value in args.to_dict().items()))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        step = state.global_step + 1
+        if self.histograms and step % state.logging_steps == 0:
+            for name, p in model.named_parameters():
+                if len(plain(p)) == 1 and not hasattr(p, "to_local"):
+                    self.writer.add_histogram(f"weights/{name}", p.detach(), step)
+                    if p.grad is not None:
+                        self.writer.add_histogram(f"gradients/{name}", p.grad, step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key, value in logs.items() if self.writer is not None else ():
+            part, _, name = key.partition("_")
+            tag = f"{part}/{name}" if part in ("eval", "test", "time", "memory") and name else f"train/{key}"
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(tag, value, state.global_step)
+            elif isinstance(value, str):
+                self.writer.add_text(tag, value, state.global_step)
+        if self.writer is not None:
+            self.writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.writer.close()
+
+
+class ProfileCallback(Callback):
+    """A trace of the updates `first` to `last`, by torch.profiler: output_dir/profile/rank-R.json."""
+
+    def __init__(self, first: int, last: int, rank: int):
+        self.first, self.last, self.rank, self.profiler = first, last, rank, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.first:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.profiler is not None and state.global_step >= min(self.last, state.max_steps):
+            self.profiler.stop()
+            folder = os.path.join(args.output_dir, "profile")
+            os.makedirs(folder, exist_ok=True)
+            self.profiler.export_chrome_trace(os.path.join(folder, f"rank-{self.rank}.json"))
+            self.profiler = None
+
+
 class ProgressCallback(Callback):
     """A bar with loss, learning rate and speed; where there is no terminal, one line per log. Rank 0 only."""
 
     def __init__(self, disable_tqdm: bool | None = None):
         self.disable = not sys.stderr.isatty() if disable_tqdm is None else disable_tqdm
         self.bar = self.eval_bar = tqdm(disable=True)       # as a bar is after close(): calling it does nothing
+        self.warned = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True, disable=self.disable)
@@ -227,11 +289,20 @@ class ProgressCallback(Callback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {show(v)}" for k, v in logs.items())
+        step_s = sum(value for key, value in logs.items() if key.startswith("time_") and key not in ("time_evaluate", "time_save"))
+        if not self.warned and logs.get("time_data", 0) > max(0.2 * step_s, 1e-3):
+            self.warned = True
+            self.write(f"note: the training data takes {logs['time_data'] / step_s:.0%} of the time of an update: raise --dataloader_num_workers, or make samples faster")
+        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {show(v)}" for k, v in logs.items() if not k.startswith(("time_", "memory_")))
+        if "loss" in logs and not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {show(logs['loss'])} norm {show(logs['grad_norm'])} lr {show(logs['learning_rate'])} "
+                                     f"{show(logs['tokens_per_second'])} tokens/s")
+        else:
+            self.write(line)
+
+    def write(self, line: str) -> None:
         if self.bar.disable:
             print(line, flush=True)
-        elif "loss" in logs:
-            self.bar.set_postfix_str(f"loss {show(logs['loss'])} lr {show(logs['learning_rate'])} {show(logs['tokens_per_second'])} tokens/s")
         else:
             self.bar.write(line)
 

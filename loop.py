@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from args import seconds
 from callbacks import improves
 from checkpoint import Saver, load_best
+from cost import memory
 from distributed import clip_grads
 from evalloop import evaluate, to_device
 from optim import set_lr
@@ -32,7 +32,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     `loss_fn` returns a SUM over label items. Dividing by their count over the window and all ranks makes 1x8, 2x4 and 8x1
     the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied. Returns
     None if no rank had a label item; then nothing is updated either."""
-    state, world, precision = run.state, run.world, run.precision
+    state, world, precision, clock = run.state, run.world, run.precision, run.world.clock
     num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window),
                                                    sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
     update = None
@@ -42,17 +42,20 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
             last = i + 1 == len(window)
             weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing
             with run.parallel.grad_sync(last):                    # reduce once per window, or every time if gradients are split
+                clock.to("forward")
                 with precision.autocast():
                     loss_sum = loss_fn(run.model, to_device(micro_batch, world.device))      # ()
                 loss_sum = loss_sum[0] if isinstance(loss_sum, tuple) else loss_sum     # the rest is for evaluations
                 if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
                     found = f"tensor of shape {tuple(loss_sum.shape)}" if isinstance(loss_sum, Tensor) else type(loss_sum).__name__
                     raise UsageError(f"the loss function returned a {found}; expected one number, summed over the label items")
+                clock.to("backward")
                 precision.backward(loss_sum * (weight / num_items))
             if weight:
                 share = share + loss_sum.detach() / num_items  # no .item(): the host stays ahead of the device
             if not last:
                 run.callbacks.fire("on_substep_end", run)
+        clock.to("optimizer")
         precision.unscale(run.optimizer)
         grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
         loss = world.add(share)
@@ -66,6 +69,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
         else:
             state.skipped_steps += 1
         run.optimizer.zero_grad(set_to_none=True)
+        clock.to("other")
         update = Update(loss, share, grad_norm, finite)
     else:
         state.skipped_steps += 1
@@ -85,7 +89,10 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     near, the update is finished and saved, and SystemExit(128 + signal, or 75) is raised. eval_loader, compute_metrics, predict_fn,
     preprocess_logits_for_metrics: as for `evaluate`. train_step: what makes an update of a window, as the one above."""
     args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run, train_loader)
-    evaluation = partial(evaluate, run, eval_loader, loss_fn, compute_metrics, predict_fn, preprocess_logits_for_metrics)
+
+    def evaluation(trial: bool = False) -> dict:
+        with run.world.clock.within("evaluate", hold=True):
+            return evaluate(run, eval_loader, loss_fn, compute_metrics, predict_fn, preprocess_logits_for_metrics, trial=trial)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
     # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
     epoch_length = args.max_steps * args.gradient_accumulation_steps if train_loader.num_samples is None else len(train_loader)
@@ -104,14 +111,13 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
         callbacks.fire("on_train_begin", run)
         if args.eval_on_start and state.global_step == 0:
             evaluation()
-            meter.since = time.perf_counter()       # the first log tells the speed of training alone
         # an epoch whose end was still to be handled is entered again, even if no window of it is left
         while state.epoch_open or (state.epochs_done < state.num_train_epochs and state.global_step < state.max_steps
                                    and not control.should_training_stop):
             state.epoch_open = True
             callbacks.fire("on_epoch_begin", run)
             began_at, samples_before = state.samples_seen, state.total_samples
-            batches = train_loader.epoch(state.epochs_done, start=state.samples_seen)
+            batches = run.world.clock.timing("data", train_loader.epoch(state.epochs_done, start=state.samples_seen))
             while state.global_step < state.max_steps and not control.should_training_stop \
                     and (window := list(islice(batches, args.gradient_accumulation_steps))):
                 callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
@@ -159,9 +165,7 @@ def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
     if control.should_log and run.state.last_logged_step < run.state.global_step:
         run.callbacks.log(run, meter.row())
     if control.should_evaluate:
-        begin = time.perf_counter()
         metrics = evaluation()
-        meter.since += time.perf_counter() - begin
         if isinstance(run.schedule, Plateau):
             run.schedule.observe(find_metric(run, metrics))
         note_best(run, metrics)
@@ -224,8 +228,10 @@ class Meter:
     def __init__(self, run: Run, train_loader):
         self.run, self.train_loader = run, train_loader
         self.updates: list[Update] = []         # since the last `collect`
-        self.began = self.since = time.perf_counter()       # since: the last log, put off by what evaluating and saving took
-        self.first_step, self.first_sample, self.since_tokens = run.state.global_step, run.state.total_samples, run.state.num_input_tokens_seen
+        self.began = time.perf_counter()
+        run.world.clock.read()      # what came before is no training
+        self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
+        self.since_step, self.since_tokens = self.first_step, run.state.num_input_tokens_seen       # the last log of this start
         self.saver = Saver(run)
         self.last_end, self.longest_update = time.monotonic(), 0.0       # for --max_time
 
@@ -245,30 +251,31 @@ class Meter:
     def row(self) -> dict:
         """The log of the updates since the last log: their mean loss, the last one's gradient norm and learning rate."""
         self.collect()
-        state, now = self.run.state, time.perf_counter()
-        losses = state.recent_losses
+        state, spent = self.run.state, self.run.world.clock.read()
+        losses, tokens, updates = state.recent_losses, state.num_input_tokens_seen - self.since_tokens, state.global_step - self.since_step
+        training = sum(seconds for part, seconds in spent.items() if part not in ("evaluate", "save"))
         row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm, "learning_rate": state.learning_rate,
-               "tokens_per_second": (state.num_input_tokens_seen - self.since_tokens) / (now - self.since)}
+               "tokens_per_second": tokens / training}
         for name in ("nan_steps", "empty_steps", "skipped_steps"):
             if count := getattr(state, name) - getattr(state, f"recent_{name}"):
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
+        row |= {f"time_{part}": seconds / max(updates, 1) for part, seconds in sorted(spent.items())} | memory(self.run.world.device)
         losses.clear()
-        state.last_logged_step = state.global_step
-        self.since, self.since_tokens = now, state.num_input_tokens_seen
+        state.last_logged_step = self.since_step = state.global_step
+        self.since_tokens = state.num_input_tokens_seen
         return row
 
     def save(self, last: bool = False) -> None:
         """last: nothing trains on afterwards, so the checkpoint has to be complete."""
         self.collect()
         handle_nonfinite(self.run, self.run.precision.find_last_nonfinite(), self)      # before anything is kept
-        begin = time.perf_counter()
         self.run.callbacks.control.should_save = False
         self.run.state.stream = self.train_loader.position()
-        self.saver.save(last)
-        if last:
-            self.saver.finish(last)
-        self.since += time.perf_counter() - begin
+        with self.run.world.clock.within("save", hold=True):
+            self.saver.save(last)
+            if last:
+                self.saver.finish(last)
 
     def watch_time(self) -> None:
         """Asks to stop when another update and a save, of twice the time of the last, could go beyond --max_time."""

@@ -10,7 +10,7 @@ import torch
 
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
-from callbacks import Callbacks, CheckReplicas, EarlyStoppingCallback, ProgressCallback
+from callbacks import Callback, Callbacks, CheckReplicas, EarlyStoppingCallback, ProfileCallback, ProgressCallback, TensorBoardCallback
 from checkpoint import load_checkpoint, load_for_evaluation, load_state, load_weights
 from collators import default_collator
 from data import build_data, keep_columns
@@ -100,6 +100,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
         state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
     watching = [ProgressCallback(args.disable_tqdm)] if world.is_main else []   # printing is rank 0's
+    watching += build_reports(args) if world.is_main else []
+    watching += [ProfileCallback(*map(int, args.profile.split(":")), world.rank)] if args.profile else []
     watching += [CheckReplicas(world, args.check_replicas)] if args.check_replicas else []
     if args.early_stopping_patience is not None:
         watching.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
@@ -167,6 +169,14 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
                   vocab_size=vocab_size, num_labels=getattr(model, "num_labels", None), num_workers=args.dataloader_num_workers,
                   prefetch_factor=args.dataloader_prefetch_factor, persistent_workers=args.dataloader_persistent_workers,
                   pin_memory=args.dataloader_pin_memory and world.device.type == "cuda")
+
+
+def build_reports(args: TrainArgs) -> list[Callback]:
+    """The loggers of --report_to."""
+    if {"wandb", "mlflow"} & set(args.reports):
+        from recipes.loggers import MlflowCallback, WandbCallback
+    return [TensorBoardCallback(args.report_histograms) if name == "tensorboard" else WandbCallback() if name == "wandb" else MlflowCallback()
+            for name in args.reports]
 
 
 def refuse_flags(args: TrainArgs, data_of_task, model_of_task, flags: str) -> None:

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cost import Clock
 from state import UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class World:
     writes: bool = True                      # into output_dir what all ranks hold: rank 0, with --save_on_each_node one rank of each host
     status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None, "started": time.time()})
     on_exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)     # what is to be undone when the world is closed
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def is_main(self) -> bool:
@@ -70,14 +72,16 @@ class World:
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op)
+        with self.clock.within("communication"):
+            dist.all_reduce(tensor, op)
         return tensor.tolist()
 
     def add(self, tensor: Tensor) -> Tensor:
         """A device tensor summed over ranks; the host does not wait for an accelerator."""
         if self.world_size > 1:
             tensor = tensor.clone()
-            dist.all_reduce(tensor)
+            with self.clock.within("communication"):
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -86,7 +90,8 @@ class World:
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
+        with self.clock.within("communication"):
+            dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
     def gather_json(self, value) -> list:

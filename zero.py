@@ -211,13 +211,14 @@ class DataParallel(Parallel):
         yield
         if self.reducing:
             self.reducing = False
-            while self.waiting:
-                for name, p in self.waiting[0].parameters.items():
-                    if p.grad is not None:      # not reached by this backward, but by an earlier one of the window
-                        self.waiting[0].take(name)
-                self.start_next()
-            for bucket in self.running:
-                bucket.finish()
+            with self.world.clock.within("communication"):      # what backward could not hide
+                while self.waiting:
+                    for name, p in self.waiting[0].parameters.items():
+                        if p.grad is not None:      # not reached by this backward, but by an earlier one of the window
+                            self.waiting[0].take(name)
+                    self.start_next()
+                for bucket in self.running:
+                    bucket.finish()
             self.used.update(*(bucket.arrived for bucket in self.buckets))
         if last:
             self.end_window()
@@ -227,7 +228,8 @@ class DataParallel(Parallel):
         self.running.append(self.waiting.pop(0))
         self.running[-1].start()
         if len(self.running) > 2:
-            self.running.pop(0).finish()
+            with self.world.clock.within("communication"):
+                self.running.pop(0).finish()
 
     def on_grad(self, bucket: Bucket, name: str) -> None:
         """Called by autograd when the gradient of a parameter is complete."""
@@ -247,9 +249,10 @@ class DataParallel(Parallel):
     def gather(self) -> None:
         for bucket in self.buckets if self.offload else []:
             bucket.mine.copy_(bucket.held)
-        works = [dist.all_gather_single(bucket.flat, bucket.mine, async_op=True) for bucket in self.buckets if self.split]
-        for work in works:
-            work.wait()
+        with self.world.clock.within("communication"):
+            works = [dist.all_gather_single(bucket.flat, bucket.mine, async_op=True) for bucket in self.buckets if self.split]
+            for work in works:
+                work.wait()
 
     def adopt(self) -> None:
         for bucket in self.buckets if self.offload else []:

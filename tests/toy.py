@@ -102,4 +102,4 @@ def rows(output_dir) -> list[dict]:
 
 def timeless(row: dict) -> dict:
     """A row without what a clock measured."""
-    return {k: v for k, v in row.items() if not k.endswith(("runtime", "per_second"))}
+    return {k: v for k, v in row.items() if not k.endswith(("runtime", "per_second")) and not k.startswith(("time_", "memory_"))}
