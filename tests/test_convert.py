@@ -197,7 +197,7 @@ def take_over(folder, output_dir) -> str:
 
 def cut_by_ranks(output_dir, source, strategy) -> None:
     """What was saved at the end of a run, saved again by ranks that split it."""
-    here("llama", output_dir, source, strategy=strategy)
+    here("llama", output_dir, source, strategy=strategy, per_device_train_batch_size=1)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
