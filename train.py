@@ -142,6 +142,8 @@ def take_over(args: TrainArgs, world: World, model: torch.nn.Module, loader: Loa
             name = os.path.basename(from_hf(checkpoint, args.output_dir, model, loader.num_samples, args.dataloader_drop_last))
     made = os.path.join(args.output_dir, world.gather_json(name)[0])
     print0(world, f"{checkpoint} is of the HF Trainer: taken over as {made}")
+    if args.train_sampling_strategy == "group_by_length":
+        print0(world, "note: the HF Trainer draws the order of group_by_length in another way; some samples of the epoch under way may come twice, others not")
     problem, _ = find_damage(made, world, args.save_on_each_node)
     if problem is not None:
         raise UsageError(f"{made}: {problem}", 3)

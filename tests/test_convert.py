@@ -476,6 +476,13 @@ def test_a_place_that_the_hf_trainer_would_not_find_is_refused(ours, tmp_path, c
     to_hf(str(tmp_path / "run" / f"checkpoint-{CUT + 1}"), str(tmp_path / "hf"), True)
 
 
+def test_an_order_that_is_drawn_in_another_way_is_refused_inside_of_an_epoch(theirs, tmp_path, capsys):
+    here("llama", tmp_path / "run", train_sampling_strategy="group_by_length")
+    assert "group_by_length" in refusal(to_hf, str(tmp_path / "run" / f"checkpoint-{CUT}"), str(tmp_path / "hf"), code=2)
+    here("llama", tmp_path / "other", theirs / f"checkpoint-{CUT}", train_sampling_strategy="group_by_length")
+    assert "note: the HF Trainer draws the order" in capsys.readouterr().out
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(data("llama"))
