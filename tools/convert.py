@@ -123,6 +123,8 @@ def find_obstacle(stored: dict, args: dict) -> str:
         return "the state of reduce_lr_on_plateau is not converted"
     if stored["planned"]["num_train_epochs"] == sys.maxsize:
         return "its training data is a stream, in which the HF Trainer would not find the place"
+    if args.get("train_sampling_strategy") == "group_by_length" and state["samples_seen"]:
+        return "it is from inside of an epoch with group_by_length, whose order the HF Trainer draws in another way"
     known = re.match(r"(\d{1,15}) samples", state["data"])
     if known and state["samples_per_update"]:       # the HF Trainer works the place out from the number of updates
         accumulation, last = args["gradient_accumulation_steps"], args["dataloader_drop_last"]
