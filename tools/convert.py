@@ -89,6 +89,8 @@ def to_hf(path: str, folder: str, only_model: bool = False) -> None:
 
     Raises UsageError: exit code 2 if the folder exists or the HF Trainer has no such optimizer or schedule, 3 if `path` is not usable."""
     manifest = verify(path)
+    if "adapter_config.json" in manifest["files"]:
+        raise UsageError(f"{path} holds adapters, which PEFT's from_pretrained takes as they are: there is nothing to convert")
     with reading(path, "state.json"), making(folder) as tmp:
         stored, args = read_json(path, "state.json"), read_json(path, "args.json")
         if manifest["only_model"] and not only_model:
