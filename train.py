@@ -76,7 +76,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     train_set, eval_set: map-style or iterable; eval_set may be a dict of several. collate: list of samples -> batch of tensors with
     num_items. callbacks: called after the progress bar, in this order. checkpoint: what find_checkpoint has said, None included, if it
     has been asked. make_optimizer: (bare model, args) -> optimizer. make_schedule: (args, updates of the run) -> function of the finished
-    updates that gives the learning rate. processing_class: a tokenizer or the like, whose save_pretrained(folder) fills each checkpoint too. Returns the run and the loaders for train, evaluate, predict.
+    updates that gives the learning rate. processing_class: a tokenizer or the like, whose save_pretrained(folder) fills each checkpoint too.
+    Returns the run and the loaders for train, evaluate, predict.
     With --do_eval or --do_predict and no --do_train the run has the weights of a checkpoint, and train_set is not looked at."""
     check_args(args)
     if checkpoint == "find":
@@ -147,6 +148,8 @@ def take_over(args: TrainArgs, world: World, model: torch.nn.Module, loader: Loa
             name = os.path.basename(from_hf(checkpoint, args.output_dir, model, loader.num_samples, args.dataloader_drop_last))
     made = os.path.join(args.output_dir, world.gather_json(name)[0])
     print0(world, f"{checkpoint} is of the HF Trainer: taken over as {made}")
+    if args.train_sampling_strategy == "group_by_length":
+        print0(world, "note: the HF Trainer draws the order of group_by_length in another way; some samples of the epoch under way may come twice, others not")
     problem, _ = find_damage(made, world, args.save_on_each_node)
     if problem is not None:
         raise UsageError(f"{made}: {problem}", 3)

@@ -159,18 +159,22 @@ def test_a_training_may_change_trainers_in_the_middle(tmp_path, case):
     assert len(logged[0]) == TOTAL and logged[0][CUT:] == logged[1][CUT:]
 
 
+# the worst evaluation counts as the best: then that is not the newest
+WORST = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
+
+
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory) -> Path:
     """A run's folder, of which checkpoint-3 is in the middle; no test writes into it."""
     folder = tmp_path_factory.mktemp("ours")
-    here("llama", folder, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss")
+    here("llama", folder, **WORST)
     return folder
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("theirs")
-    there("llama", folder, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", save_steps=1)
+    there("llama", folder, **WORST, save_steps=1)
     return folder
 
 
@@ -193,7 +197,7 @@ def take_over(folder, output_dir) -> str:
 
 def cut_by_ranks(output_dir, source, strategy) -> None:
     """What was saved at the end of a run, saved again by ranks that split it."""
-    here("llama", output_dir, source, strategy=strategy)
+    here("llama", output_dir, source, strategy=strategy, per_device_train_batch_size=1)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
@@ -362,33 +366,26 @@ def test_a_processing_class_that_makes_folders_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------- progress
 
 def test_the_log_and_the_best_model_go_there(ours, tmp_path, capsys):
-    best = json.loads((ours / f"checkpoint-{TOTAL}" / "state.json").read_text())["state"]["best_global_step"]
     to_hf(str(ours / f"checkpoint-{CUT}"), str(tmp_path / f"checkpoint-{CUT}"))
-    to_hf(str(ours / f"checkpoint-{TOTAL}"), str(tmp_path / f"checkpoint-{TOTAL}"))
     state = transformers.trainer_callback.TrainerState.load_from_json(tmp_path / f"checkpoint-{CUT}" / "trainer_state.json")
     assert state.log_history == [row for row in rows(ours) if row["step"] <= CUT] and len(state.log_history) == 2 * CUT
-    last = read_json(tmp_path / f"checkpoint-{TOTAL}", "trainer_state.json")
-    values = {row["step"]: row["eval_loss"] for row in last["log_history"] if "eval_loss" in row}
-    assert last["best_metric"] == min(values.values()) == values[best] and last["best_global_step"] == best
-    if best in (CUT, TOTAL):
-        assert last["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
-    else:
-        assert last["best_model_checkpoint"] is None and "is not there" in capsys.readouterr().out
-    theirs = transformers.trainer_callback.TrainerState()
-    assert last.keys() == vars(theirs).keys() - {"_train_batch_size"}
+    assert vars(state).keys() == vars(transformers.trainer_callback.TrainerState()).keys()
+    best = state.best_global_step
+    assert state.best_metric == max(row["eval_loss"] for row in rows(ours) if "eval_loss" in row) and best < CUT
+    assert state.best_model_checkpoint is None and f"checkpoint-{best}, the best update, is not there" in capsys.readouterr().out
+    os.mkdir(tmp_path / f"checkpoint-{best}")
+    to_hf(str(ours / f"checkpoint-{TOTAL}"), str(tmp_path / f"checkpoint-{TOTAL}"))
+    assert read_json(tmp_path / f"checkpoint-{TOTAL}", "trainer_state.json")["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
 
 
 def test_the_log_and_the_best_model_come_here(theirs, tmp_path):
-    state = read_json(theirs / f"checkpoint-{TOTAL}", "trainer_state.json")
-    best, cut = state["best_global_step"], read_json(theirs / f"checkpoint-{CUT}", "trainer_state.json")
-    earlier = min((row["eval_loss"], row["step"]) for row in cut["log_history"] if "eval_loss" in row)[1]
-    run = here("llama", tmp_path / "run", theirs / f"checkpoint-{CUT}", eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
-               metric_for_best_model="loss")
+    cut = read_json(theirs / f"checkpoint-{CUT}", "trainer_state.json")
+    run = here("llama", tmp_path / "run", theirs / f"checkpoint-{CUT}", **WORST, save_steps=1, save_total_limit=1, load_best_model_at_end=True)
     assert rows(tmp_path / "run")[:len(cut["log_history"])] == cut["log_history"]
-    assert run.state.best_global_step == best and {CUT, earlier} <= {*list_checkpoints(tmp_path / "run")}
+    best = run.state.best_global_step
+    assert best == read_json(theirs / f"checkpoint-{TOTAL}", "trainer_state.json")["best_global_step"] < CUT
+    assert list_checkpoints(tmp_path / "run") == [TOTAL, best]
     same(transformers.LlamaForCausalLM.from_pretrained(theirs / f"checkpoint-{best}"), run.model)
-    same(transformers.LlamaForCausalLM.from_pretrained(theirs / f"checkpoint-{earlier}"),
-         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{earlier}"))
 
 
 def test_updates_that_fp16_skipped_do_not_advance_the_schedule(theirs, tmp_path):
@@ -477,6 +474,13 @@ def test_a_place_that_the_hf_trainer_would_not_find_is_refused(ours, tmp_path, c
     here("llama", tmp_path / "run", ours / f"checkpoint-{CUT}", max_steps=CUT + 1, save_steps=1, **changes)
     assert "at another sample" in refusal(to_hf, str(tmp_path / "run" / f"checkpoint-{CUT + 1}"), str(tmp_path / "hf"), code=2)
     to_hf(str(tmp_path / "run" / f"checkpoint-{CUT + 1}"), str(tmp_path / "hf"), True)
+
+
+def test_an_order_that_is_drawn_in_another_way_is_refused_inside_of_an_epoch(theirs, tmp_path, capsys):
+    here("llama", tmp_path / "run", train_sampling_strategy="group_by_length")
+    assert "group_by_length" in refusal(to_hf, str(tmp_path / "run" / f"checkpoint-{CUT}"), str(tmp_path / "hf"), code=2)
+    here("llama", tmp_path / "other", theirs / f"checkpoint-{CUT}", train_sampling_strategy="group_by_length")
+    assert "note: the HF Trainer draws the order" in capsys.readouterr().out
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -13,6 +13,7 @@ from distributed import whole
 from model import GPT
 from state import UsageError
 from tests.toy import arguments, gpt, sequences, train_and
+from tools.convert import main as convert
 from world import set_seed
 from zero import plain
 
@@ -253,6 +254,8 @@ def test_training_starts_from_an_adapter_with_its_settings(tmp_path):
 
 def test_whole_weights_and_adapters_are_told_apart(tmp_path):
     adapted_run(tmp_path / "adapters")
+    with pytest.raises(UsageError, match="holds adapters, which PEFT"):
+        convert(["to-hf", str(tmp_path / "adapters/checkpoint-6"), str(tmp_path / "theirs")])
     adapted_run(tmp_path / "whole", lora_rank=None, lora_alpha=None)
     allow = {"allow_change": "lora_rank,lora_alpha"}
     assert "it holds adapters" in mistake(tmp_path / "a", resume=str(tmp_path / "adapters/checkpoint-4"), lora_rank=None, lora_alpha=None, **allow)

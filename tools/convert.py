@@ -89,6 +89,8 @@ def to_hf(path: str, folder: str, only_model: bool = False) -> None:
 
     Raises UsageError: exit code 2 if the folder exists or the HF Trainer has no such optimizer or schedule, 3 if `path` is not usable."""
     manifest = verify(path)
+    if "adapter_config.json" in manifest["files"]:
+        raise UsageError(f"{path} holds adapters, which PEFT's from_pretrained takes as they are: there is nothing to convert")
     with reading(path, "state.json"), making(folder) as tmp:
         stored, args = read_json(path, "state.json"), read_json(path, "args.json")
         if manifest["only_model"] and not only_model:
@@ -123,6 +125,8 @@ def find_obstacle(stored: dict, args: dict) -> str:
         return "the state of reduce_lr_on_plateau is not converted"
     if stored["planned"]["num_train_epochs"] == sys.maxsize:
         return "its training data is a stream, in which the HF Trainer would not find the place"
+    if args.get("train_sampling_strategy") == "group_by_length" and state["samples_seen"]:
+        return "it is from inside of an epoch with group_by_length, whose order the HF Trainer draws in another way"
     known = re.match(r"(\d{1,15}) samples", state["data"])
     if known and state["samples_per_update"]:       # the HF Trainer works the place out from the number of updates
         accumulation, last = args["gradient_accumulation_steps"], args["dataloader_drop_last"]

@@ -21,7 +21,8 @@ from storage import PartFiles, read_json, reading, show
 
 STEMS = {"model": "weights", "adapter_model": "adapters", "ema": "averaged weights", "optimizer": "optimizer state"}
 CHUNK_ELEMENTS = 2**22      # of each of two tensors that are compared at a time
-NOT_STATE = ("--", "world_size", "state.log_bytes")     # beginnings of names: settings, who saved it, how long the rows with speeds were
+# beginnings of names: settings, who saved it, how long the rows with speeds were
+NOT_STATE = ("--", "world_size", "state.log_bytes", "optimizer.settings", "planned")
 
 
 def main(argv: list[str] | None = None) -> int:
