@@ -149,6 +149,7 @@ class TrainArgs:
     save_async: bool = arg(False, "train on while a checkpoint is written from a copy in memory")
     save_errors: Literal["stop", "continue"] = arg("stop", "what to do when a save fails: stop, or train on and try again at the next one")
     save_on_each_node: bool = arg(False, "every host writes whole checkpoints into an output_dir of its own")
+    run_name: str | None = arg(None, "what loggers call the run (default: the name of output_dir)")
     report_to: str = arg("none", "who is told beside metrics.jsonl, with commas: tensorboard (in output_dir/tensorboard), wandb, mlflow")
     report_histograms: bool = arg(False, "tensorboard: at each log the weights and gradients too, as far as rank 0 holds them whole")
     profile: str | None = arg(None, "FIRST:LAST, updates of which a trace by torch.profiler is written to output_dir/profile, for Perfetto or Chrome")
@@ -199,6 +200,13 @@ class TrainArgs:
     def to_dict(self) -> dict:
         """The settings as plain values, as `json.dump` takes them."""
         return dataclasses.asdict(self)
+
+    def to_sanitized_dict(self) -> dict:
+        """For callbacks of the HF Trainer, as `to_json_string`: what a logger takes for a setting."""
+        return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in self.to_dict().items()}
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
 
 
 def parse_args(argv: list[str] | None = None, flags: str = "", description: str = "Train a model.") -> TrainArgs:
@@ -389,4 +397,4 @@ def seconds(hours: str) -> int:
 def changed_args(saved: dict, args: TrainArgs) -> list[tuple[str, Any, Any, bool]]:
     """(flag, saved value, value now, whether it should not have changed) of each setting that another start was given."""
     return [(f.name, saved.get(f.name), getattr(args, f.name), f.metadata["fixed"]) for f in dataclasses.fields(args)
-            if saved.get(f.name) != getattr(args, f.name) and f.name not in ("output_dir", "resume_from_checkpoint", "allow_change", "disable_tqdm")]
+            if saved.get(f.name) != getattr(args, f.name) and f.name not in ("output_dir", "run_name", "resume_from_checkpoint", "allow_change", "disable_tqdm")]

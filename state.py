@@ -86,6 +86,9 @@ class TrainState:
     train_batch_size: int = runtime(default=0)
     is_local_process_zero: bool = runtime(default=True)
     is_world_process_zero: bool = runtime(default=True)
+    is_hyper_param_search: bool = runtime(default=False)        # these three are for callbacks of the HF Trainer
+    trial_name: str | None = runtime(default=None)
+    trial_params: dict | None = runtime(default=None)       # noqa: RUF009
     log_path: str = runtime(default="")
     in_training: bool = runtime(default=False)       # train() is at work
     finished: bool = runtime(default=False)         # nothing was left to do when this start found the run

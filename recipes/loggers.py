@@ -11,12 +11,16 @@ import os
 from callbacks import Callback
 
 
+def title(args) -> str:
+    return args.run_name or os.path.basename(os.path.abspath(args.output_dir))
+
+
 def numbers(logs: dict) -> dict[str, float]:
     return {key: value for key, value in logs.items() if isinstance(value, (int, float))}
 
 
 class WandbCallback(Callback):
-    """Weights & Biases: a run named by its output_dir. Its id is kept in checkpoints."""
+    """Weights & Biases: a run named by --run_name. Its id is kept in checkpoints."""
 
     def __init__(self):
         self.run, self.run_id = None, ""
@@ -24,7 +28,7 @@ class WandbCallback(Callback):
     def on_train_begin(self, args, state, control, **kwargs):
         import wandb
         os.makedirs(args.output_dir, exist_ok=True)
-        self.run = wandb.init(dir=args.output_dir, name=os.path.basename(os.path.abspath(args.output_dir)), config=args.to_dict(),
+        self.run = wandb.init(dir=args.output_dir, name=title(args), config=args.to_dict(),
                               id=self.run_id or None, resume="allow" if self.run_id else None)
         self.run_id = self.run.id
 
@@ -41,7 +45,7 @@ class WandbCallback(Callback):
 
 
 class MlflowCallback(Callback):
-    """MLflow: a run named by its output_dir, with its settings as parameters. Its id is kept in checkpoints."""
+    """MLflow: a run named by --run_name, with its settings as parameters. Its id is kept in checkpoints."""
 
     def __init__(self):
         self.client, self.run_id = None, ""
@@ -53,7 +57,7 @@ class MlflowCallback(Callback):
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
             found = self.client.get_experiment_by_name(name)
             experiment = self.client.create_experiment(name) if found is None else found.experiment_id
-            self.run_id = self.client.create_run(experiment, run_name=os.path.basename(os.path.abspath(args.output_dir))).info.run_id
+            self.run_id = self.client.create_run(experiment, run_name=title(args)).info.run_id
             for key, value in args.to_dict().items():
                 self.client.log_param(self.run_id, key, str(value)[:500])
 

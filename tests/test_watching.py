@@ -126,6 +126,22 @@ class Lines(Callback):
         self.lines.on_log(*args, **kwargs)
 
 
+@pytest.mark.parametrize("name", ["TensorBoardCallback", "MLflowCallback"])
+def test_loggers_of_transformers_run_here_as_they_are(name, tmp_path, monkeypatch):
+    integrations = pytest.importorskip("transformers.integrations")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    args = arguments(tmp_path / "run", max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    run_training(args, model=gpt(), train_set=sequences(8), eval_set=sequences(3, seed=1), callbacks=[getattr(integrations, name)()])
+    logged = [row for row in rows(tmp_path / "run") if "loss" in row]
+    if name == "TensorBoardCallback":
+        assert scalars(tmp_path / "runs")["train/loss"] == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in logged]
+    else:
+        assert any(str(logged[0]["loss"]) in path.read_text() for path in (tmp_path / "mlruns").rglob("metrics/*loss"))
+
+
 @pytest.mark.parametrize(("changes", "said"), [({"report_to": "tensorbord"}, "report_to=tensorbord: expected tensorboard, wandb, mlflow"),
                                                ({"report_histograms": True}, "needs --report_to tensorboard"), ({"profile": "3"}, "as 10:12"), ({"profile": "4:3"}, "as 10:12")])
 def test_mistakes_are_one_message(changes, said, tmp_path):

@@ -2,7 +2,7 @@
 
 REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from the HF Trainer, and what to use here instead
     "overwrite_output_dir": "use a new --output_dir, or --resume_from_checkpoint True", "logging_dir": "logs are in --output_dir",
-    "resume": "use --resume_from_checkpoint", "run_name": "a run is named by its --output_dir", "no_cuda": "use --use_cpu",
+    "resume": "use --resume_from_checkpoint", "no_cuda": "use --use_cpu",
     "evaluation_strategy": "use --eval_strategy", "epochs": "use --num_train_epochs",
     "per_gpu_train_batch_size train_batch_size batch_size": "use --per_device_train_batch_size", "lr": "use --learning_rate",
     "per_gpu_eval_batch_size eval_batch_size": "use --per_device_eval_batch_size", "group_by_length": "use --train_sampling_strategy group_by_length",
