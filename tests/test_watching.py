@@ -84,7 +84,7 @@ def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
 def test_mlflow_holds_the_rows_in_one_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     logged = watched(tmp_path / "whole", report_to="mlflow")
     cut(tmp_path / "whole", tmp_path / "killed", 4)
     watched(tmp_path / "killed", "True", report_to="mlflow")
