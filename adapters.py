@@ -118,6 +118,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 def find_targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
     """The layers that get adapters, by name. UsageError for those that cannot have one, which would train nothing, or break a merge."""
+    try:
+        matches("", lora.target_modules or [])
+    except re.error as error:
+        raise UsageError(f"--lora_target_modules {lora.target_modules}: it is no regular expression: {error}") from None
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
     uncalled = {*getattr(model, "uncalled", ()), *(f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))}
     if lora.target_modules is None:

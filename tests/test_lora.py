@@ -213,6 +213,7 @@ def refused_on_ranks(output_dir):
 
 @pytest.mark.parametrize("changes, said", [
     ({"lora_target_modules": "no_such"}, "the model has no such layer; its linear layers are blocks.0.attn.qkv"),
+    ({"lora_target_modules": "(up"}, "it is no regular expression"),
     ({"lora_target_modules": "head"}, "head is not called in the forward pass"),
     ({"lora_target_modules": "embed"}, "embed is a Embedding, and adapters are for linear layers"),
     ({"lora_modules_to_save": "classifier"}, "no module with a name that ends in classifier"),
