@@ -17,7 +17,7 @@ import pytest
 from callbacks import Callback
 from state import UsageError
 from tests.toy import arguments, rows, run_training, sequences
-from tools.report import HEIGHT, MAX_MEANS, MAX_POINTS, MAX_SAMPLES, Curve, fit, main, means, thin, tick_text
+from tools.report import HEIGHT, MAX_MEANS, MAX_POINTS, MAX_SAMPLES, Curve, fit, main, thin, tick_text
 
 NAMED = re.compile(r'<path class="line (\w+) run(\d)" style="--c:var\(--c(\d)\)" d="([^"]*)" data-name="([^"]*)"/>')
 SPEEDS = ("runtime", "per_second", "per second")
@@ -91,6 +91,33 @@ def test_every_logged_value_is_drawn_at_its_place(tmp_path):
     assert drawn["Loss"]["linear"]["eval_loss, best"][2] == [drawn["Loss"]["linear"]["eval_loss"][2][-1][:2] + (False,)]
 
 
+@pytest.mark.parametrize("logged", [LOGGED, [{"loss": 10.0**step, "step": 10_000 * step} for step in range(1, 7)],
+                                    [{"loss": 2 + step / 9, "step": step} for step in (1, 2)]])
+def test_every_number_beside_a_picture_is_at_its_place(tmp_path, logged):
+    part = report(write_run(tmp_path / "run", logged)).partition("<b>Loss</b>")[2].partition("</figure>")[0]
+    for kind, low, high, left, span, texts in re.findall(r'<div class="plot (\w+)" data-low="(\S+)" data-high="(\S+)"><svg viewBox="(\S+) 0 (\S+) .*?</svg>(.*?)</div>', part):
+        for axis, begin, length in (("y", float(high), float(low) - float(high)), ("x", float(left), float(span))):
+            ticks = [(float(percent), number(text)) for percent, text in re.findall(rf'<span class="{axis}" style="\w+:(\S+)%">(.*?)</span>', texts)]
+            assert len(ticks) > 1 and all(0 <= percent <= 100 for percent, _ in ticks)
+            for percent, value in ticks:
+                assert (math.log10(value) if (axis, kind) == ("y", "log") else value) == pytest.approx(begin + percent / 100 * length, abs=abs(length) * 1e-4)
+
+
+def number(text: str) -> float:
+    return float(text.rstrip("kM")) * {"k": 1e3, "M": 1e6}.get(text[-1], 1)
+
+
+@pytest.mark.parametrize("args, step, value", [({}, 20, 0.2), ({"metric_for_best_model": "accuracy", "greater_is_better": True}, 10, 0.75),
+                                               ({"metric_for_best_model": "eval_accuracy", "greater_is_better": False}, 5, 0.25)])
+def test_the_best_evaluation_is_that_of_the_settings_and_of_equal_ones_the_first(tmp_path, args, step, value):
+    logged = [{**row, "eval_accuracy": accuracy} for row, accuracy in zip(EVALUATED, (0.25, 0.75, 0.75))]
+    page = report(write_run(tmp_path / "run", logged, args))
+    key = "eval_accuracy" if args else "eval_loss"
+    assert f"<div><b>{value}</b><span>best {key}, update {step}</span></div>" in page
+    drawn = figures(page)["Evaluation: accuracy" if args else "Loss"]["linear"][f"{key}, best"]
+    assert_drawn(drawn, [(step, value)])
+
+
 def test_a_real_run_is_shown_with_its_checkpoints_results_and_environment(tmp_path):
     run_training(arguments(tmp_path / "run", max_steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
                            metric_for_best_model="loss"), eval_set=sequences(4))
@@ -108,7 +135,7 @@ def test_a_real_run_is_shown_with_its_checkpoints_results_and_environment(tmp_pa
     manifest = json.loads((tmp_path / "run" / "checkpoint-6" / "manifest.json").read_text())
     for key in ("torch", "python", "format"):
         assert f"<th>{key}</th><td>{manifest[key]}</td>" in page
-    assert f"<th>train_loss</th><td>{logged[-1]['train_loss']:.6g}</td>" in page
+    assert f"<th>train_loss</th><td>{logged[-1]['train_loss']:.10g}</td>" in page
     assert "<th>max_steps</th><td>6</td><td>-1</td>" in page and "To know about these files" not in page
     (tmp_path / "run" / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
     assert "it has 4 bytes" in report(tmp_path / "run")
@@ -199,7 +226,7 @@ def test_a_torn_last_line_does_not_matter_and_other_odd_lines_are_named(tmp_path
     assert without_times(torn, tmp_path / "b") == without_times(whole, tmp_path / "a")
     odd = ['{"loss": 0.1, "st\n', "[1]\n", "[" * 99_999 + "\n", {"loss": 3.0}, {"loss": 3.0, "step": -1}, {"loss": "low", "grad_norm": None, "step": 7}]
     page = report(write_run(tmp_path / "c" / "run", [*LOGGED[:6], *odd, *LOGGED[6:]]))
-    for text in ("3 lines are no JSON objects and were left out, the first is line 7", "&#x27;step&#x27; is no number in 2 rows", "&#x27;loss&#x27; is no number in 1 rows"):
+    for text in ("lines that are no JSON objects were left out: 3, the first is line 7", "&#x27;step&#x27; is no number in 2 rows", "&#x27;loss&#x27; is no number in 1 rows"):
         assert text in page
     assert figures(page) == figures(whole)
 
@@ -262,12 +289,12 @@ def curve_of(values: np.ndarray) -> Curve:
     return Curve(0, "x", 0, "thin", np.arange(len(values)), values)
 
 
-@pytest.mark.parametrize("size", [MAX_POINTS, MAX_POINTS + 1, 10 * MAX_POINTS])
+@pytest.mark.parametrize("size", [1, MAX_POINTS, MAX_POINTS + 1, 10 * MAX_POINTS])
 def test_thinning_keeps_all_of_a_short_curve_and_the_ends_of_a_long_one(size):
     kept = thin(np.sin(np.arange(size)))
-    assert len(kept) == min(size, len(kept)) <= MAX_POINTS + 2 and kept[0] == 0 and kept[-1] == size - 1
-    assert (len(kept) == size) == (size <= MAX_POINTS) or size == MAX_POINTS + 1
-    assert len(thin(np.full(size, np.nan))) <= 1.5 * MAX_POINTS and len(means(curve_of(np.ones(size))).values) == MAX_MEANS
+    assert kept[0] == 0 and kept[-1] == size - 1 and (np.diff(kept) > 0).all()
+    assert len(kept) == size if size <= MAX_POINTS else MAX_POINTS * 0.6 < len(kept) <= MAX_POINTS + 2
+    assert len(thin(np.full(size, np.nan))) <= MAX_POINTS
 
 
 def test_parts_of_the_time_are_stacked(tmp_path):
@@ -287,13 +314,13 @@ def test_the_newest_samples_are_shown_and_their_number_is_told(tmp_path):
     assert "… (cut)" in report(write_run(tmp_path / "long", [], samples__jsonl=json.dumps({"text": "x" * 5000}) + "\n"))
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-300, 2e-300], [5.0, 5.0], [-1e299, 1e299], [1e15, 1e15 + 2], [math.nan], [1e-5, 3.0], [-3.0, -2.0]])
+@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-249, 1e249], [5e-324, 1.0], [5.0, 5.0], [-1e249, 1e249], [-1e308, 0.0, 1e308], [1e15, 1e15 + 2], [math.nan], [1e-5, 3.0], [-3.0, -2.0]])
 def test_every_range_of_values_has_a_readable_axis(tmp_path, values):
     page = report(write_run(tmp_path / "run", [{"loss": value, "step": step} for step, value in enumerate(values)]))
     part = page.partition("<b>Loss</b>")[2].partition("</figure>")[0]
     assert 1 < len(re.findall(r'<span class="y"', part)) < 20 and "nan" not in "".join(re.findall(r'd="([^"]*)"', part))
     for _, _, points, unit in figures(page)["Loss"]["linear"].values():
-        assert [value for _, value, _ in points] == pytest.approx([value for value in values if math.isfinite(value)][:len(points)], abs=unit)
+        assert [value for _, value, _ in points] == pytest.approx([value for value in values if abs(value) < 1e250][:len(points)], abs=unit)
 
 
 def test_numbers_on_axes_are_short():
@@ -314,6 +341,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 def browse(path, *flags) -> str:
+    """What chromium prints."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=500,700", f"--user-data-dir={path.parent}/browser",
                *flags, path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "HOME": str(path.parent)})
@@ -349,7 +377,7 @@ LOOK = """<script>
 const box = document.querySelector('svg').getBoundingClientRect(), plot = document.querySelector('.plot');
 plot.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width * %f, bubbles: true}));
 document.body.dataset.seen = JSON.stringify({left: box.left, top: box.top, width: box.width, height: box.height,
-  tip: plot.querySelector('.tip').textContent, wide: document.documentElement.scrollWidth});
+  inner: plot.clientWidth, tip: plot.querySelector('.tip').textContent, wide: document.documentElement.scrollWidth});
 document.querySelectorAll('.cross, .tip').forEach(each => each.remove());
 </script>"""
 
@@ -364,7 +392,7 @@ def test_a_browser_draws_the_curve_where_its_values_are(tmp_path):
     path.write_text(page.replace("</body>", LOOK % (50 / span) + "</body>"))
     dom = browse(path, "--dump-dom")
     seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
-    assert seen["tip"] == "update 50\nloss  1" and seen["wide"] <= 500
+    assert seen["tip"] == "update 50\nloss  1" and seen["wide"] <= 500 and seen["inner"] == pytest.approx(seen["width"], abs=1)
     assert set(re.findall(r">([^<>]+)</b>", page)) == set(re.findall(r">([^<>]+)</b>", dom))
     browse(path, f"--screenshot={tmp_path}/page.png")
     pixels = read_png((tmp_path / "page.png").read_bytes())
@@ -378,3 +406,28 @@ def test_a_browser_draws_the_curve_where_its_values_are(tmp_path):
         column = np.flatnonzero(blue[top:top + round(seen["height"]), int(x)]) + top
         slope = abs(y1 - y0) / (axis_high - axis_low) * seen["height"] / ((x1 - x0) / span * seen["width"])
         assert len(column) and np.abs(column - y).max() < 4 + 3 * slope
+
+
+SWITCH = """<script>
+const shown = query => [...document.querySelectorAll(query)].map(each => getComputedStyle(each).display != 'none');
+const before = [shown('.line.run0'), shown('.line.run1'), shown('.log'), shown('.linear')].map(all => [...new Set(all)]);
+document.querySelector('#run0').click(), document.querySelectorAll('.logbox').forEach(box => box.click());
+const after = [shown('.line.run0'), shown('.line.run1'), shown('figure:has(.logbox) .log'), shown('figure:has(.logbox) .linear')].map(all => [...new Set(all)]);
+const tips = ['.area.run1', '.log .run1'].map(query => {
+  const plot = document.querySelector(query).closest('.plot'), box = plot.getBoundingClientRect();
+  plot.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + 1, bubbles: true}));
+  return plot.querySelector('.tip').textContent;
+});
+document.body.dataset.seen = JSON.stringify([before, after, tips]);
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium")
+def test_a_browser_can_switch_runs_and_scales_and_tells_the_values_under_the_mouse(tmp_path):
+    logged = [{"loss": 9 / step, "time_data": 0.25, "time_forward": 0.5, "step": step} for step in (1, 2, 3)]
+    page = report(write_run(tmp_path / "one", logged), write_run(tmp_path / "two", logged))
+    path = tmp_path / "look.html"
+    path.write_text(page.replace("</body>", SWITCH + "</body>"))
+    before, after, tips = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', browse(path, "--dump-dom"))[1]))
+    assert before == [[True], [True], [False], [True]] and after == [[False], [True], [True], [False]]
+    assert tips == ["update 1\nforward  0.5\ndata  0.25", "update 1\ntwo: loss  9"]

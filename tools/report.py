@@ -35,7 +35,7 @@ MAX_PANELS = 60
 MAX_SAMPLES, MAX_SAMPLE_CHARS = 20, 2000
 HEIGHT = 10_000         # of a plot in its own units; along x they are updates
 FAR = 1e8               # where coordinates end
-HUGE = 1e300            # what is larger counts as infinite
+HUGE = 1e250            # what is larger counts as infinite, and what is smaller than its inverse as 0
 EVENTS = {"nan_steps": "not finite", "empty_steps": "empty", "skipped_steps": "not applied"}       # updates since the last row, by callbacks.py
 HEIGHTS = {"cut": 120, "nan": 480, "skip": 840}       # of marks: values outside of the picture, values that are not finite, updates left out
 
@@ -46,6 +46,8 @@ class History:
 
     folder: str
     name: str
+    number: int         # also that of its colour
+    prefix: str         # of its curves' names
     series: dict[str, tuple] = field(default_factory=dict)              # of each key of its rows: steps (n,), values (n,), NaN if not finite
     samples: list[tuple[str, str]] = field(default_factory=list)        # where from, text
     args: dict = field(default_factory=dict)
@@ -64,8 +66,8 @@ class History:
             self.problems.append(str(error))
 
 
-def read_history(folder: str, name: str) -> History:
-    run, steps = History(folder, name), list_checkpoints(folder)
+def read_history(run: History) -> History:
+    folder, steps = run.folder, list_checkpoints(run.folder)
     with run.noting(folder, "metrics.jsonl"):
         read_rows(run)
     run.series = {key: (np.array(steps, np.int64), np.array(values, np.float64)) for key, (steps, values) in run.series.items() if steps}
@@ -81,7 +83,7 @@ def read_history(folder: str, name: str) -> History:
             manifest = read_manifest(path)
             check_files(path, manifest, ranks=0)        # names and sizes
             size, problem = sum(entry["bytes"] for entry in manifest["files"].values()), ""
-            run.about = {**{key: manifest[key] for key in ("torch", "python", "format")}, **run.about}      # of the oldest, if they differ
+            run.about = {**{key: manifest[key] for key in ("torch", "python", "format")}, **run.about}      # of the newest, if they differ
         except UsageError as error:
             problem = str(error).removeprefix(path + os.sep)
         run.checkpoints.append((step, size, problem))
@@ -112,8 +114,10 @@ def parse_lines(run: History, name: str) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES), b""), 1):
             if len(line) == MAX_JSON_BYTES:
                 raise ValueError(f"line {number:,} is longer than {MAX_JSON_BYTES:,} bytes; what follows was not read")
+            if not line.endswith(b"\n"):
+                break
             try:
-                row = json.loads(line) if line.endswith(b"\n") else {}
+                row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
@@ -121,7 +125,7 @@ def parse_lines(run: History, name: str) -> Iterator[tuple[int, dict]]:
             else:
                 bad.append(number)
     if bad:
-        run.problems.append(f"{path}: {len(bad):,} lines are no JSON objects and were left out, the first is line {bad[0]:,}")
+        run.problems.append(f"{path}: lines that are no JSON objects were left out: {len(bad):,}, the first is line {bad[0]:,}")
 
 
 def read_rows(run: History) -> None:
@@ -129,9 +133,8 @@ def read_rows(run: History) -> None:
     path, latest, odd, back = os.path.join(run.folder, "metrics.jsonl"), -1, Counter(), []
     for number, row in parse_lines(run, "metrics.jsonl"):
         step = row.pop("step", None)
-        if row and not alike(step, 0):
-            odd["step"] += 1
         if not alike(step, 0):
+            odd["step"] += 1
             continue
         if step < latest:
             back.append(f"in line {number:,} from update {latest:,} to {step:,}")
@@ -143,7 +146,7 @@ def read_rows(run: History) -> None:
             if type(value) in (int, float):
                 steps, values = run.series.setdefault(key, ([], []))
                 steps.append(step)
-                values.append(float(value) if abs(value) < HUGE else math.nan)
+                values.append(float(value) * (abs(value) * HUGE > 1) if abs(value) < HUGE else math.nan)
             elif "sample" in key:
                 run.samples.append((f"update {step:,}, {show(key)}", as_text(value)))
             elif value is not None:
@@ -318,7 +321,7 @@ def panel(title: str, curves: list[Curve], x: Axis, marks: list[Curve] = (), log
             f'<small>{html.escape("; ".join(notes))}</small></figure>')
 
 
-def stack(run: History, number: int, name: str, x: Axis) -> str:
+def stack(run: History, x: Axis) -> str:
     """A figure of the parts of an update's time on top of each other, means over stretches of rows. Rows that lack one are left out."""
     parts = [key for key in run.series if key.startswith("time_")]
     columns = [dict(zip(*(part.tolist() for part in run.series[key]))) for key in parts]
@@ -326,13 +329,13 @@ def stack(run: History, number: int, name: str, x: Axis) -> str:
     whole = [step for step in every if all(math.isfinite(column.get(step, math.nan)) for column in columns)]
     notes = [f"{len(every) - len(whole):,} of {len(every):,} rows lack a part, or it is not finite, and are not drawn"] * (len(every) > len(whole))
     if not whole:
-        return f"<p>{html.escape(name + notes[0])}</p>"
+        return f"<p>{html.escape(run.prefix + notes[0])}</p>"
     times = np.array([[column[step] for step in whole] for column in columns]).cumsum(0)       # (parts, rows)
-    curves = [Curve(number, show(key.removeprefix("time_")), k % COLOURS, "area", np.array(whole, np.int64), times[k]) for k, key in enumerate(parts)]
+    curves = [Curve(run.number, show(key.removeprefix("time_")), k % COLOURS, "area", np.array(whole, np.int64), times[k]) for k, key in enumerate(parts)]
     if len(whole) > MAX_MEANS:
         notes.append(f"means over {len(whole) // MAX_MEANS:,} rows or one more each")
         curves = [means(curve)._replace(style="area", label=curve.label) for curve in curves]
-    return panel(f"{name}Time of an update, seconds", curves[::-1], x, cut=False, notes=notes)       # the lower ones are drawn over the higher ones
+    return panel(f"{run.prefix}Time of an update, seconds", curves[::-1], x, cut=False, notes=notes)       # the lower ones are drawn over the higher ones
 
 
 def group(key: str) -> tuple[int, str] | None:
@@ -353,50 +356,48 @@ def group(key: str) -> tuple[int, str] | None:
 
 def draw_panels(runs: list[History]) -> str:
     groups: dict[tuple[int, str], list] = {}
-    prefixes = [f"{run.name}: " if len(runs) > 1 else "" for run in runs]
-    for number, run in enumerate(runs):
-        for key, (steps, values) in run.series.items():
+    for run in runs:
+        for key, (steps, _) in run.series.items():
             if (place := group(key)) and not (is_result(key) and len(steps) == 1):
-                groups.setdefault(place, []).append((number, key, steps, values))
-    last = max((int(steps[-1]) for run in runs for steps, _ in run.series.values()), default=1) or 1
-    first = min((int(steps[0]) for run in runs for steps, _ in run.series.values()), default=0)
-    x, figures = Axis(0 if first < 0.2 * last else first - 1, last + math.ceil(0.01 * last)), {}
-    for rank, title in sorted(groups)[:MAX_PANELS]:
+                groups.setdefault(place, []).append((run, key))
+    first, last = (end((int(steps[at]) for run in runs for steps, _ in run.series.values()), default=1) for end, at in ((min, 0), (max, -1)))
+    x, figures = Axis(0 if first < 0.2 * last or first == last else first - 1, last + math.ceil(0.01 * last) or 1), {}
+    for place in sorted(groups)[:MAX_PANELS]:
         curves: list[Curve] = []
-        for number, key, steps, values in groups[rank, title]:
-            colour, label = number if len(runs) > 1 else len(curves) % COLOURS, prefixes[number] + show(key)
-            curves.append(Curve(number, label, colour, "thick" if key.startswith("eval_") else "thin", steps, values))
-            if (best := find_best(runs[number])) and best[0] == key:
-                curves.append(Curve(number, f"{label}, best", colour, "best", np.array([best[1]]), np.array([best[2]])))
-        marks = [mark for number, run in enumerate(runs) for mark in mark_events(run, number, prefixes[number])] if rank == 0 else []
-        figures[rank, title] = panel(title, curves, x, marks, logs=rank == 0, cut=rank != 2)
-    figures |= {(6, str(number)): stack(run, number, prefixes[number], x) for number, run in enumerate(runs) if any(key.startswith("time_") for key in run.series)}
+        for run, key in groups[place]:
+            colour, label = run.number if len(runs) > 1 else len(curves) % COLOURS, run.prefix + show(key)
+            curves.append(Curve(run.number, label, colour, "thick" if key.startswith("eval_") else "thin", *run.series[key]))
+            if (best := find_best(run)) and best[0] == key:
+                curves.append(Curve(run.number, f"{label}, best", colour, "best", np.array([best[1]]), np.array([best[2]])))
+        marks = [] if figures else [mark for run in runs for mark in mark_events(run)]
+        figures[place] = panel(place[1], curves, x, marks, logs=place[0] == 0, cut=place[0] != 2)
+    figures |= {(6, str(run.number)): stack(run, x) for run in runs if any(key.startswith("time_") for key in run.series)}
     if len(groups) > MAX_PANELS:
         figures[8, ""] = f"<p>{len(groups) - MAX_PANELS:,} more pictures are left out, first: {html.escape(sorted(groups)[MAX_PANELS][1])}</p>"
     return "".join(figures[place] for place in sorted(figures)) or "<p>Nothing was logged yet.</p>"
 
 
-def mark_events(run: History, number: int, prefix: str) -> list[Curve]:
+def mark_events(run: History) -> list[Curve]:
     """Marks of checkpoints, and of rows that count updates which were not applied."""
     left_out = {key: run.series[key] for key in EVENTS if key in run.series}
     counts = ", ".join(f"{np.nansum(values):,.0f} {EVENTS[key]}" for key, (_, values) in left_out.items())
     found = {"save": (f"checkpoints: {len(run.checkpoints):,}", [step for step, *_ in run.checkpoints]),
              "skip": (f"updates: {counts}", [step for steps, _ in left_out.values() for step in steps.tolist()])}
-    return [Curve(number, prefix + text, number, kind, np.unique(np.array(steps, np.int64))) for kind, (text, steps) in found.items() if steps]
+    return [Curve(run.number, run.prefix + text, run.number, kind, np.unique(np.array(steps, np.int64))) for kind, (text, steps) in found.items() if steps]
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """Texts and numbers that may come from anywhere, as a table whose first column names the rows; None: an empty cell."""
+    """Texts and numbers that may come from anywhere, as a table whose first column names the rows."""
     def cell(value) -> str:
-        return "" if value is None else html.escape(f"{value:.6g}" if isinstance(value, float) else show(value)) + "…" * (len(str(value)) > 200)
-    lines = ["".join(f"<t{'d' if k else 'h'}>{cell(value)}</t{'d' if k else 'h'}>" for k, value in enumerate(row)) for row in rows]
-    return f'<div class="wide"><table><tr>{"".join(f"<th>{cell(name)}</th>" for name in head)}</tr><tr>{"</tr><tr>".join(lines)}</tr></table></div>' if rows else "<p>None.</p>"
+        return html.escape(f"{value:.10g}" if isinstance(value, float) else show(value)) + "…" * (len(str(value)) > 200)
+    lines = [f"<tr><th>{cell(name)}</th>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for name, *row in rows]
+    return f'<div class="wide"><table><tr>{"".join(f"<th>{cell(name)}</th>" for name in head)}</tr>{"".join(lines)}</table></div>' if rows else "<p>None.</p>"
 
 
 def compare(names: list[str], columns: list[dict], keys: list[str] | None = None) -> str:
     """A table with a row for each key and a column for each dict."""
     keys = list(dict.fromkeys(key for column in columns for key in column)) if keys is None else keys
-    return table([None, *names], [[key, *(str(column[key]) if isinstance(column.get(key, ""), bool | None) else column.get(key) for column in columns)] for key in keys])
+    return table(["", *names], [[key, *(column.get(key, "") for column in columns)] for key in keys])
 
 
 def tell_settings(runs: list[History]) -> str:
@@ -410,7 +411,7 @@ def tell_settings(runs: list[History]) -> str:
             f'<details><summary>{len(same)} others, the same in {"all" if len(runs) > 1 else "both"}</summary>{compare(["all"], [*columns.values()][:1], same)}</details>')
 
 
-def tell_run(run: History, number: int, several: bool) -> str:
+def tell_run(run: History) -> str:
     """What to know of a run at first sight."""
     best, speed, loss = find_best(run), run.series.get("tokens_per_second", ((), ()))[1], run.series.get("loss")
     tiles = {"state": run.about.get("state", "unknown"), "updates": f"{max((int(steps[-1]) for steps, _ in run.series.values()), default=0):,}"}
@@ -418,8 +419,8 @@ def tell_run(run: History, number: int, several: bool) -> str:
     tiles |= {f"best {show(best[0])}, update {best[1]:,}": f"{best[2]:.4g}"} if best else {}
     tiles |= {"tokens per second, median": f"{np.nanmedian(speed):,.0f}"} if np.isfinite(speed).any() else {}
     shown = "".join(f"<div><b>{html.escape(show(value))}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
-    box = f'<input type="checkbox" id="run{number}" checked>' * several
-    return f'<section class="card" style="--c:var(--c{number})"><h2><label>{box}{html.escape(run.name)}</label></h2><div class="tiles">{shown}</div></section>'
+    switch = f'<h2><label><input type="checkbox" id="run{run.number}" checked>{html.escape(run.name)}</label></h2>' * bool(run.prefix)
+    return f'<section class="card" style="--c:var(--c{run.number})">{switch}<div class="tiles">{shown}</div></section>'
 
 
 def tell_samples(run: History) -> str:
@@ -429,19 +430,19 @@ def tell_samples(run: History) -> str:
 
 
 def make_page(runs: list[History]) -> str:
-    names, several = [run.name for run in runs], len(runs) > 1
+    names = [run.name for run in runs]
     problems = "".join(f"<li>{html.escape(problem)}</li>" for run in runs for problem in run.problems)
     hide = "".join(f"body:has(#run{k}:not(:checked)) .run{k}{{display:none}}" for k in range(len(runs)))
-    saved = [[run.name, f"{step:,}", None if size is None else f"{size / 1e6:,.2f}", "best" if (best := find_best(run)) and best[1] == step else None,
+    saved = [[run.name, f"{step:,}", "" if size is None else f"{size / 1e6:,.2f}", "best" * bool((best := find_best(run)) and best[1] == step),
               problem or "looks complete"] for run in runs for step, size, problem in run.checkpoints]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{html.escape(", ".join(names))}</title><style>{STYLE}{hide}</style><body><h1>{html.escape(" and ".join(names))}</h1>
-<div class="cards">{"".join(tell_run(run, number, several) for number, run in enumerate(runs))}</div>
+<div class="cards">{"".join(map(tell_run, runs))}</div>
 {f'<div class="warning"><b>To know about these files</b><ul>{problems}</ul></div>' * bool(problems)}
 <main>{draw_panels(runs)}</main>
 <div class="columns"><div>{tell_settings(runs)}</div><div><h2>Results</h2>{compare(names, [run.results for run in runs])}</div>
 <div><h2>State and environment</h2>{compare(names, [{key: value for key, value in run.about.items() if value not in (None, "")} for run in runs])}</div>
-<div><h2>Checkpoints</h2>{table(["run", "update", "MB", None, "names and sizes of files"], saved)}
+<div><h2>Checkpoints</h2>{table(["run", "update", "MB", "", "names and sizes of files"], saved)}
 <small>Contents are not checked here: <code>python -m tools.inspect</code> does that.</small></div></div>
 {"".join(map(tell_samples, runs))}
 <footer>Written by tools/report.py on {time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}. Along x are updates.</footer>
@@ -461,7 +462,8 @@ def main(argv: list[str] | None = None) -> str:
         if not os.path.isdir(folder) or not holds_run(folder) and not os.path.exists(os.path.join(folder, "status.json")):
             raise UsageError(f"{folder} holds no run: give the --output_dir of one, with its metrics.jsonl or checkpoints")
     names = [os.path.basename(os.path.abspath(folder)) for folder in flags.run]
-    runs = [read_history(folder, show(name if names.count(name) == 1 else folder)) for folder, name in zip(flags.run, names)]
+    names = [show(name if names.count(name) == 1 else folder) for folder, name in zip(flags.run, names)]
+    runs = [read_history(History(folder, names[k], k, f"{names[k]}: " if len(names) > 1 else "")) for k, folder in enumerate(flags.run)]
     out = flags.out or os.path.join(flags.run[0], "report.html")
     try:
         with open(out + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:      # JSON may hold half of a pair of surrogates
@@ -493,30 +495,32 @@ path{fill:none;vector-effect:non-scaling-stroke;stroke-linecap:round;stroke-line
 .mark{stroke:var(--c);stroke-width:7}.nan{stroke:var(--bad);stroke-width:9}.cut{stroke-linecap:square}.skip{stroke:var(--fg);stroke-width:5;stroke-linecap:square}.save{stroke-width:2;stroke-linecap:butt}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;margin:0;font-size:13px}.legend span{overflow-wrap:anywhere}.legend i{display:inline-block;margin-right:7px;vertical-align:middle;width:18px;border-top:2px solid var(--c)}
 .legend .thick{border-top-width:4px}.legend .area,.legend .nan,.legend .skip,.legend .best,.legend .cut{border:0;width:10px;height:10px;background:var(--c)}.legend .nan{background:var(--bad);border-radius:9px}.legend .best{opacity:.45;border-radius:9px;width:13px;height:13px}.legend .cut{width:7px;height:7px}.legend .skip{background:var(--fg);width:7px;height:7px}.legend .save{border:0;width:2px;height:12px;background:var(--c)}
-figure small{display:block;margin-top:4px}.columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:0 30px}.columns>div{min-width:0}
+figure small{display:block;margin-top:4px}.columns{columns:440px;column-gap:30px}.columns>div{break-inside:avoid}.columns h2{margin-top:0;padding-top:24px}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:3px 22px 3px 0;border-bottom:1px solid var(--rule);vertical-align:top;max-width:420px;overflow-wrap:break-word}
 th{font-weight:500;color:var(--soft)}details{margin-top:8px}summary{cursor:pointer;color:var(--soft)}pre{background:var(--card);border-radius:6px;padding:10px 14px;margin:0;white-space:pre-wrap;overflow-wrap:anywhere}footer{margin-top:34px}
 .cross{position:absolute;top:0;bottom:0;width:1px;background:var(--soft);pointer-events:none}.tip{position:absolute;top:4px;z-index:2;background:var(--bg);border:1px solid var(--rule);border-radius:5px;padding:5px 9px;font-size:12.5px;pointer-events:none;white-space:pre;max-width:90%;overflow:hidden}
 """
 
 SCRIPT = """
+const parse = d => [...d.replace(/L[^L]+L[^L]+Z$/, '').matchAll(/[ML](\\S+) ([^MLZ]+)/g)].map(m => [+m[1], +m[2]]);
+const nearest = (points, at) => points.reduce((best, p) => Math.abs(p[0] - at) < Math.abs(best[0] - at) ? p : best);
 for (const plot of document.querySelectorAll('.plot')) {
   const svg = plot.querySelector('svg'), {x, width, height} = svg.viewBox.baseVal, low = +plot.dataset.low, high = +plot.dataset.high;
-  const cross = Object.assign(document.createElement('div'), {className: 'cross', hidden: true}), tip = Object.assign(document.createElement('div'), {className: 'tip', hidden: true});
-  plot.append(cross, tip);
+  const [cross, tip] = ['cross', 'tip'].map(name => plot.appendChild(Object.assign(document.createElement('div'), {className: name, hidden: true})));
+  const value = y => Math.abs(y) >= 1e8 ? 'off the scale' : +(plot.matches('.log') ? 10 ** (high - y / height * (high - low)) : high - y / height * (high - low)).toPrecision(4);
   let lines;
-  const nearest = (points, at) => points.reduce((best, p) => Math.abs(p[0] - at) < Math.abs(best[0] - at) ? p : best);
-  const show = y => { const v = high - y / height * (high - low); return Math.abs(y) >= 1e8 ? 'off the scale' : +(plot.matches('.log') ? 10 ** v : v).toPrecision(4); };
   plot.onpointermove = event => {
-    lines ??= [...svg.querySelectorAll('.line')].map(path => ({path, points: [...path.getAttribute('d').replace(/L[^L]+L[^L]+Z$/, '').matchAll(/[ML](\\S+) ([^MLZ]+)/g)].map(m => [+m[1], +m[2]])}));
-    const box = svg.getBoundingClientRect(), seen = lines.filter(l => l.points.length && getComputedStyle(l.path).display != 'none');
+    lines ??= [...svg.querySelectorAll('.line')].map(path => ({path, points: parse(path.getAttribute('d'))})).filter(line => line.points.length);
+    const seen = lines.filter(line => getComputedStyle(line.path).display != 'none'), box = svg.getBoundingClientRect();
     if (!seen.length) return;
-    const mouse = x + (event.clientX - box.left) / box.width * width, at = nearest(seen.map(l => nearest(l.points, mouse)), mouse)[0];
-    const rows = seen.map((l, k) => { const p = nearest(l.points, at), below = l.path.classList.contains('area') && seen[k + 1];
-      return l.path.dataset.name + '  ' + show(below ? p[1] + height - nearest(below.points, at)[1] : p[1]) + (p[0] == at ? '' : '  (update ' + p[0].toLocaleString('en') + ')'); });
-    tip.textContent = ['update ' + at.toLocaleString('en'), ...rows].join('\\n');
+    const mouse = x + (event.clientX - box.left) / box.width * width, at = nearest(seen.map(line => nearest(line.points, mouse)), mouse)[0];
+    tip.textContent = 'update ' + at.toLocaleString('en') + seen.map(({path, points}, k) => {
+      const [step, y] = nearest(points, at), below = path.matches('.area') && seen[k + 1];      // a part of a stack is what it adds
+      return `\\n${path.dataset.name}  ${value(below ? y + height - nearest(below.points, at)[1] : y)}` + (step == at ? '' : `  (update ${step.toLocaleString('en')})`);
+    }).join('');
     const left = (at - x) / width * 100;
-    cross.style.left = left + '%'; tip.style.left = left < 50 ? `calc(${left}% + 10px)` : ''; tip.style.right = left < 50 ? '' : `calc(${100 - left}% + 10px)`;
+    cross.style.left = left + '%';
+    [tip.style.left, tip.style.right] = left < 50 ? [`calc(${left}% + 10px)`, ''] : ['', `calc(${100 - left}% + 10px)`];
     cross.hidden = tip.hidden = false;
   };
   plot.onpointerleave = () => { cross.hidden = tip.hidden = true; };
