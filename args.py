@@ -152,6 +152,7 @@ class TrainArgs:
     run_name: str | None = arg(None, "what loggers call the run (default: the name of output_dir)")
     report_to: str = arg("none", "who is told beside metrics.jsonl, with commas: tensorboard (in output_dir/tensorboard), wandb, mlflow")
     report_histograms: bool = arg(False, "tensorboard: at each log the weights and gradients too, as far as rank 0 holds them whole")
+    report: bool = arg(False, "at the end of training write output_dir/report.html, as python -m tools.report does")
     profile: str | None = arg(None, "FIRST:LAST, updates of which a trace by torch.profiler is written to output_dir/profile, for Perfetto or Chrome")
     disable_tqdm: bool | None = arg(None, "no progress bar (default: none where stderr is not a terminal)")
 

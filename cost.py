@@ -4,10 +4,12 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
+
+
+PARTS = ("data", "forward", "backward", "communication", "optimizer", "log", "evaluate", "save", "other")
 
 
 class Clock:
@@ -15,7 +17,7 @@ class Clock:
     host's time: kernels are queued there, and waited for where a result is needed."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self.part, self.at, self.held = "other", time.perf_counter(), False
 
     def to(self, part: str) -> str:
@@ -49,7 +51,7 @@ class Clock:
     def read(self) -> dict[str, float]:
         """Seconds by part since the last call."""
         self.to(self.part)
-        seconds, self.seconds = self.seconds, defaultdict(float)
+        seconds, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
         return seconds
 
 

@@ -260,7 +260,7 @@ class Meter:
             if count := getattr(state, name) - getattr(state, f"recent_{name}"):
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
-        row |= {f"time_{part}": seconds / max(updates, 1) for part, seconds in sorted(spent.items())} | memory(self.run.world.device)
+        row |= {f"time_{part}": seconds / max(updates, 1) for part, seconds in spent.items()} | memory(self.run.world.device)
         losses.clear()
         state.last_logged_step = self.since_step = state.global_step
         self.since_tokens = state.num_input_tokens_seen

@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
                 print0(world, f"predictions are in {args.output_dir}/{prefix}_predictions.npy, labels in {prefix}_labels.npy if there are any")
             print0(world, "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             save_results(run, "test", metrics)
+        if args.report and world.is_main:
+            from tools.report import main as report
+            report([args.output_dir])
     return run
 
 
