@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 
-
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "log", "evaluate", "save", "other")
 
 

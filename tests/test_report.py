@@ -20,7 +20,7 @@ from tests.toy import arguments, rows, run_training, sequences
 from tools.report import HEIGHT, MAX_MEANS, MAX_POINTS, MAX_SAMPLES, Curve, fit, main, thin, tick_text
 
 NAMED = re.compile(r'<path class="line (\w+) run(\d)" style="--c:var\(--c(\d)\)" d="([^"]*)" data-name="([^"]*)"/>')
-SPEEDS = ("runtime", "per_second", "per second")
+SPEEDS = ("runtime", "per_second", "per second", "memory", "time of an update")
 CHROMIUM = shutil.which("chromium")
 
 
