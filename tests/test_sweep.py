@@ -72,11 +72,9 @@ def test_a_trial_worse_than_the_median_of_the_others_is_pruned_and_stays_so(swee
 
 
 def test_a_run_whose_trial_was_pruned_does_not_train_on_if_its_worker_was_killed_before_it_ended(tmp_path):
-    trial = optuna.trial.FixedTrial({})
     settings = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
-    run_training(arguments(tmp_path, max_steps=2, **settings), eval_set=sequences(4), callbacks=[Pruning(trial, "eval_loss")])
-    trial.set_user_attr("pruned", 2)
-    run = run_training(arguments(tmp_path, max_steps=4, **settings), eval_set=sequences(4), callbacks=[Pruning(trial, "eval_loss")])
+    run_training(arguments(tmp_path, max_steps=2, **settings), eval_set=sequences(4))
+    run = run_training(arguments(tmp_path, max_steps=4, **settings), eval_set=sequences(4), callbacks=[Pruning(None, "eval_loss", pruned=True)])
     assert run.state.global_step == 2
 
 

@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ from callbacks import Callback
 from state import UsageError, run_main
 
 PRUNERS = {"none": "NopPruner", "median": "MedianPruner", "halving": "SuccessiveHalvingPruner"}
-CHILD = "import sys; from state import run_main; from tools.sweep import train_trial; run_main(train_trial, *sys.argv[1:])"
+CHILD = "import sys; from tools.sweep import end_with_parent, train_trial; end_with_parent(train_trial, *sys.argv[1:])"
 STOPPED = (5, 75, 130, 138, 143, -signal.SIGINT, -signal.SIGTERM)      # a full disk, --max_time or a signal: nothing that a trial's flags did
 POLL_S = 0.5
 
@@ -45,13 +46,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Runs or continues a sweep; the rows of its table. Raises UsageError for mistakes before any training, and (exit code 1) if no trial was completed."""
     argv = sys.argv[1:] if argv is None else argv
     flags, study = open_sweep(argv)
-    others = [multiprocessing.get_context("spawn").Process(target=work_beside, args=(argv,)) for _ in range(flags.workers - 1)]
+    start = multiprocessing.get_context("spawn").Process
+    others = [start(target=end_with_parent, args=(work, argv)) for _ in range(flags.workers - 1)]
     for process in others:
         process.start()
     work(argv)
     for process in others:
         process.join()
-    rows, best = write_table(flags, study)
+    with locked(flags.folder):
+        rows, best = write_table(flags, study)
     print(Path(flags.folder, "sweep.md").read_text())
     if not best:
         raise UsageError(f"none of {len(rows)} trials was completed; the first: {rows[0]['reason']}", 1)
@@ -61,9 +64,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     return rows
 
 
-def read_command(argv: list[str]) -> argparse.Namespace:
-    """The sweep's own flags, with `suggest`, the function of the space, and `about`, what makes it this sweep and no other. Raises UsageError for what
-    is wrong, of the suggestions as far as one of them shows it."""
+def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The sweep's own flags, and those of all trials."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("space", help="file ending in .py, or module, with a function space(trial) that gives flags by name")
     parser.add_argument("--folder", required=True, help="of the sweep, with its trials as the runs trial-0, trial-1, ...; not on NFS")
@@ -76,7 +78,12 @@ def read_command(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the suggestions [%(default)s]")
     parser.add_argument("--report", action="store_true", help="compare the best three trials in report.html")
     end = argv.index("--") if "--" in argv else len(argv)
-    flags, given = parser.parse_args(argv[:end]), argv[end + 1:]
+    return parser.parse_args(argv[:end]), argv[end + 1:]
+
+
+def check(flags: argparse.Namespace, given: list[str]) -> argparse.Namespace:
+    """The flags with `suggest`, the function of the space, and `about`, what makes it this sweep and no other. Raises UsageError for what is wrong with
+    them, with the flags given to all trials, and with suggestions as far as one of them shows it."""
     if min(flags.trials, flags.workers) < 1 or flags.seed < 0:
         raise UsageError(f"--trials {flags.trials} --workers {flags.workers} --seed {flags.seed}: expected at least one trial and worker, and no negative seed")
     try:
@@ -107,8 +114,7 @@ def read_command(argv: list[str]) -> argparse.Namespace:
 def load_file(path: str):
     """The user's own program, as a module that nobody else imports by its name."""
     spec = importlib.util.spec_from_file_location("space_of_sweep", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
 
@@ -120,21 +126,18 @@ def suggested_words(space: Callable, trial) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))]
 
 
-def storage(folder: str):
-    """Optuna's, in SQLite: changes are transactions, and a lock goes with the process that held it. Its journal file keeps the lock of a process that was
-    killed for 30 s, and half of its last line for ever, so that nobody can read on."""
-    import optuna
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db", engine_kwargs={"connect_args": {"timeout": 60}})
-
-
 def open_sweep(argv: list[str]):
-    """(flags, study), which is made if the folder has none. Raises UsageError if it has another sweep's."""
+    """(flags, study), which is made if the folder has none. Raises UsageError if it has another sweep's.
+
+    In SQLite changes are transactions, and a lock goes with the process that held it. Optuna's journal file keeps the lock of a process that was killed for
+    30 s, and half of its last line for ever, so that nobody can read on."""
     import optuna
-    flags = read_command(argv)
+    flags = check(*read_command(argv))
     os.makedirs(flags.folder, exist_ok=True)
     with locked(flags.folder):
-        study = optuna.create_study(storage=storage(flags.folder), study_name="sweep", direction=flags.direction, load_if_exists=True)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{flags.folder}/study.db", engine_kwargs={"connect_args": {"timeout": 60}})
+        study = optuna.create_study(storage=storage, study_name="sweep", direction=flags.direction, load_if_exists=True,
+                                    pruner=getattr(optuna.pruners, PRUNERS[flags.pruner])())
         if "about" not in study.user_attrs:
             study.set_user_attr("about", flags.about)
     before = study.user_attrs["about"]
@@ -184,15 +187,11 @@ def take(flags: argparse.Namespace, study):
         time.sleep(POLL_S)
 
 
-def work_beside(argv: list[str]) -> None:
-    die_with_parent()
-    run_main(work, argv)
-
-
-def die_with_parent() -> None:
-    """By SIGTERM, so that what trains saves first; but on Linux alone."""
+def end_with_parent(function: Callable, *args) -> None:
+    """A process's main function. When its parent is gone, it gets SIGTERM, so that what trains saves first."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
+    run_main(function, *args)
 
 
 def work(argv: list[str]) -> None:
@@ -212,7 +211,7 @@ def run_trial(flags: argparse.Namespace, study, trial, log) -> None:
     trial.set_user_attr("suggested", shlex.join(words))
     trial.set_user_attr("command", command := shlex.join(["python", "-m", flags.task, *argv]))
     print(f"trial {trial.number}: {command}", flush=True)
-    code = train_in_process([flags.folder, str(trial._trial_id), *argv, "--resume_from_checkpoint", "auto"], log)
+    code = train_in_process(trial, [metric, str("pruned" in trial.user_attrs), flags.task, *argv, "--resume_from_checkpoint", "auto"], log)
     last = next(filter(None, reversed(Path(log.name).read_text(errors="replace").split("\n"))), "")
     reason = f"exit code {code}: {last}" if code > 0 else f"ended by {signal.Signals(-code).name}" if code < 0 else ""
     if code in STOPPED:
@@ -224,8 +223,7 @@ def run_trial(flags: argparse.Namespace, study, trial, log) -> None:
     value = last_value(folder, metric)
     if not reason and (value is None or math.isnan(value)):
         reason = f"no evaluation in {folder}/metrics.jsonl gave {metric}" if value is None else f"{metric} is NaN"
-    pruned = "pruned" in study.trials[trial.number].user_attrs        # as its process has left them: `trial` does not see that
-    state = TrialState.FAIL if reason else TrialState.PRUNED if pruned else TrialState.COMPLETE
+    state = TrialState.FAIL if reason else TrialState.PRUNED if "pruned" in trial.user_attrs else TrialState.COMPLETE
     with locked(flags.folder):
         trial.set_user_attr("reason", reason)
         study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
@@ -233,45 +231,52 @@ def run_trial(flags: argparse.Namespace, study, trial, log) -> None:
     print(f"trial {trial.number}: {state.name.lower()}, {reason or f'{metric} {value:.6g}'}", flush=True)
 
 
-def train_in_process(words: list[str], log) -> int:
-    """The exit code of a trial's process. Ctrl-C reaches that too, and it saves, so this one waits for it."""
+def train_in_process(trial, words: list[str], log) -> int:
+    """The exit code of a trial's process, which is answered after each of its evaluations whether to stop. Ctrl-C reaches it too, and it saves, so this one
+    waits for it."""
     before = signal.signal(signal.SIGINT, lambda *_: None)
+    ours, theirs = socket.socketpair()
     try:
-        return subprocess.run([sys.executable, "-c", CHILD, *words], stdout=log, stderr=log, check=False).returncode
+        with theirs:
+            child = subprocess.Popen([sys.executable, "-c", CHILD, str(theirs.fileno()), *words], stdout=log, stderr=log, pass_fds=[theirs.fileno()])
+        with contextlib.suppress(ConnectionError), ours, ours.makefile("rw") as channel:      # if it is killed, its exit code tells
+            for line in channel:
+                value, step, last = json.loads(line)
+                trial.report(value, step)
+                if not last and trial.should_prune():
+                    trial.set_user_attr("pruned", step)
+                channel.write(json.dumps("pruned" in trial.user_attrs) + "\n")
+                channel.flush()
+        return child.wait()
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def train_trial(folder: str, trial_id: str, *argv: str) -> None:
+def train_trial(channel: str, metric: str, pruned: str, task: str, *argv: str) -> None:
     """What a trial's process runs: the task's ordinary program, with one callback more."""
-    die_with_parent()
-    import optuna
-    study = optuna.load_study(study_name="sweep", storage=storage(folder), sampler=optuna.samplers.RandomSampler())
-    about = study.user_attrs["about"]
-    study.pruner = getattr(optuna.pruners, PRUNERS[about["pruner"]])()
-    pruning, train_main = Pruning(optuna.trial.Trial(study, int(trial_id)), about["metric"]), train.main
+    pruning, train_main = Pruning(socket.socket(fileno=int(channel)).makefile("rw"), metric, pruned == "True"), train.main
 
     def main_with_pruning(*args, callbacks=(), **parts):
         return train_main(*args, callbacks=[*callbacks, pruning], **parts)
     train.main = main_with_pruning        # recipes, imported only now, take it from there, and few pass callbacks on
-    importlib.import_module(about["task"]).run(list(argv))
+    importlib.import_module(task).run(list(argv))
 
 
 class Pruning(Callback):
-    """Tells Optuna the metric of each evaluation while training, and asks to stop if the pruner, before the last update, gives the trial up."""
+    """Tells the worker the metric of each evaluation while training, and asks to stop if it answers that Optuna gives the trial up."""
 
-    def __init__(self, trial, metric: str):
-        self.trial, self.metric, self.has_stopped = trial, metric, "pruned" in trial.user_attrs
+    def __init__(self, channel, metric: str, pruned: bool = False):
+        self.channel, self.metric, self.has_stopped = channel, metric, pruned
 
     def on_train_begin(self, args, state, control, **kwargs):
         control.should_training_stop |= self.has_stopped        # before its worker was killed
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.metric in metrics and state.in_training and state.is_world_process_zero:
-            self.trial.report(metrics[self.metric], state.global_step)
-            if state.global_step < state.max_steps and self.trial.should_prune():
-                self.trial.set_user_attr("pruned", state.global_step)
-                self.has_stopped = control.should_training_stop = True
+            self.channel.write(json.dumps([metrics[self.metric], state.global_step, state.global_step >= state.max_steps]) + "\n")
+            self.channel.flush()
+            self.has_stopped = json.loads(self.channel.readline())
+            control.should_training_stop |= self.has_stopped
 
 
 def last_value(folder: str, metric: str) -> float | None:
