@@ -215,7 +215,7 @@ def run_trial(flags: argparse.Namespace, study, trial, log) -> None:
     last = next(filter(None, reversed(Path(log.name).read_text(errors="replace").split("\n"))), "")
     reason = f"exit code {code}: {last}" if code > 0 else f"ended by {signal.Signals(-code).name}" if code < 0 else ""
     if code in STOPPED:
-        print(f"trial {trial.number} was stopped ({reason}); the same command goes on with it", file=sys.stderr)
+        print(f"trial {trial.number} was stopped, exit code {code} (see {log.name}); the same command goes on with it", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
     if code == 2 and not study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
         raise UsageError(f"trial {trial.number} was refused, and none has worked yet: {last.removeprefix('error: ')} (all of it: {log.name}); "
