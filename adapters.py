@@ -102,8 +102,8 @@ class Lora:
                 "fan_in_fan_out": any(is_transposed(model.get_submodule(name)) for name in names), "inference_mode": True, "init_lora_weights": True}
 
 
-PEFT_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-              "ForQuestionAnswering": "QUESTION_ANS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}      # by the end of the name of a transformers class
+# by the end of the name of a transformers class; for others PEFT would look for a classifier in the file
+PEFT_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 # what says nothing about the numbers, or, as fan_in_fan_out, is seen from the layers
 PEFT_ONLY = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "init_lora_weights",
              "fan_in_fan_out", "megatron_core", "qalora_group_size"}

@@ -485,9 +485,11 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
     weights, stem = model_weights(model), weights_stem(model)
     with PartFiles(path, stem) as files, reading(path, files.name), torch.no_grad():
         if not files.names:
-            if os.path.exists(os.path.join(path, "adapter_config.json")):
+            if stem == "model" and os.path.exists(os.path.join(path, "adapter_config.json")):
                 raise UsageError(f"{path} holds adapters: give the --lora_rank and the other settings they were trained with", 3)
-            raise UsageError(f"{path} holds no adapters: to train some on it, give it as --model_name_or_path; to go on with all of it, no --lora_rank", 3)
+            if stem != "model" and os.path.exists(os.path.join(path, "model.safetensors")):
+                raise UsageError(f"{path} holds whole weights: to train adapters on it, give it as --model_name_or_path; to go on with all of it, no --lora_rank", 3)
+            raise UsageError(f"{path}{os.sep}{stem}.safetensors is missing", 3)
         if (lora := lora_of(model)) and (stored := Lora.from_peft(path)).scale != lora.scale:
             raise UsageError(f"{path} holds adapters with the scale {stored.scale:g} (r={stored.r}, lora_alpha={stored.lora_alpha:g}, use_rslora={stored.use_rslora}), "
                              f"and this run's is {lora.scale:g}: give the --lora_rank, --lora_alpha and --use_rslora they were trained with", 3)
@@ -516,7 +518,7 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
     """left: weights that did not come from the checkpoint, whose states start anew."""
     optimizer, held = run.optimizer, run.parallel.parts
     if stored["class"] != type(optimizer).__name__:
-        raise UsageError(f"{path} holds the state of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
+        raise UsageError(f"{path}{os.sep}state.json is of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
     if not alike(stored["evaluates"], True):
         raise ValueError(f"impossible values: evaluates={stored['evaluates']!r:.100}")
