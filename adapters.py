@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,10 @@ def adapt(model: nn.Module, args) -> None:
     if args.lora_adapter is not None:
         add_lora(model, Lora.from_peft(args.lora_adapter), args.lora_base)
     elif args.lora_rank is not None:
-        add_lora(model, Lora.from_args(args), args.lora_base)
+        lora = Lora.from_args(args)
+        if isinstance(lora.target_modules, list) and (unknown := [end for end in lora.target_modules if not any(matches(name, [end]) for name, _ in model.named_modules())]):
+            raise UsageError(f"--lora_target_modules {args.lora_target_modules}: no module has a name that ends in {', '.join(unknown)}; {linear_ends(model)}")
+        add_lora(model, lora, args.lora_base)
     if args.neftune_noise_alpha is not None:
         add_neftune(model, args.neftune_noise_alpha)
     if args.activation_checkpointing:
@@ -72,13 +77,17 @@ class Lora:
             if config["peft_type"] != "LORA":
                 raise ValueError(f"it is of type {config['peft_type']!r:.50}, and LORA is all that is known here")
             known = {key: value for key, value in config.items() if key in cls.__dataclass_fields__}
-            if strange := [f"{key}={value!r:.50}" for key, value in config.items() if value and key not in {*known, *PEFT_ONLY}]:
+            if strange := [f"{key}={value!r:.50}" for key, value in config.items()
+                           if key not in {*known, *PEFT_ONLY} and not (value is None or value is False or value in ({}, [], ""))]:
                 raise ValueError(f"these settings are not known here: {', '.join(strange)}")
             if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
                 raise ValueError("it was started from a changed base (init_lora_weights): convert it by PEFT first")
-            lora = cls(**known)
-            numbers = type(lora.r) is int and lora.r > 0 and all(isinstance(n, (int, float)) for n in (lora.lora_alpha, lora.lora_dropout))
-            if not numbers or lora.bias not in ("none", "all", "lora_only") or not isinstance(lora.target_modules, (list, str)):
+            lora, names = cls(**known), (list, NoneType)
+            fits = type(lora.r) is int and lora.r > 0 and type(lora.lora_alpha) in (int, float) and type(lora.use_rslora) is bool \
+                and type(lora.lora_dropout) in (int, float) and 0 <= lora.lora_dropout < 1 and lora.bias in ("none", "all", "lora_only") \
+                and isinstance(lora.target_modules, (list, str)) and isinstance(lora.modules_to_save, names) \
+                and all(isinstance(name, str) for name in (*lora.target_modules, *(lora.modules_to_save or ())))
+            if not fits:
                 raise ValueError(f"impossible values: {known!r:.300}")
             return lora
 
@@ -88,11 +97,14 @@ class Lora:
         targets: list[str] | str = sorted({name.rpartition(".")[2] for name in names})
         if [name for name, _ in model.named_modules() if matches(name, targets)] != names:
             targets = "|".join(map(re.escape, names))
-        return {**asdict(self), "target_modules": targets, "peft_type": "LORA", "base_model_name_or_path": base, "task_type": None,
+        task = next((task for end, task in PEFT_TASKS.items() if any(cls.__name__.endswith(end) for cls in type(model).__mro__)), None)
+        return {**asdict(self), "target_modules": targets, "peft_type": "LORA", "base_model_name_or_path": base, "task_type": task,
                 "fan_in_fan_out": any(is_transposed(model.get_submodule(name)) for name in names), "inference_mode": True, "init_lora_weights": True}
 
 
-# what PEFT writes into every configuration, or what says nothing about the numbers
+# by the end of the name of a transformers class; for others PEFT would look for a classifier in the file
+PEFT_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+# what says nothing about the numbers, or, as fan_in_fan_out, is seen from the layers
 PEFT_ONLY = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "init_lora_weights",
              "fan_in_fan_out", "megatron_core", "qalora_group_size"}
 
@@ -116,6 +128,11 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def linear_ends(model: nn.Module) -> str:
+    ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_transposed(module)})
+    return f"its linear layers are called {', '.join(ends)}" if ends else "it has no linear layers"
+
+
 def find_targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
     """The layers that get adapters, by name. UsageError for those that cannot have one, which would train nothing, or break a merge."""
     try:
@@ -135,9 +152,9 @@ def find_targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
             "is not called in the forward pass, which uses its weight directly" if name in uncalled else \
             "shares its weight with another layer" if uses.count(id(module.weight)) > 1 else ""
         if problem:
-            raise UsageError(f"--lora_target_modules {lora.target_modules}: {name} {problem}: name other layers")
+            raise UsageError(f"an adapter is wanted for {name}, which {problem}: name other layers by --lora_target_modules")
     if not found:
-        raise UsageError(f"--lora_target_modules {lora.target_modules}: the model has no such layer; its linear layers are {', '.join(linear) or 'none'}"[:2000])
+        raise UsageError(f"adapters are wanted for {lora.target_modules or 'linear layers inside numbered ones'}, and the model has none such; {linear_ends(model)}")
     return found
 
 
@@ -150,38 +167,43 @@ def add_lora(model: nn.Module, lora: Lora, base: str = "float") -> None:
         rows, columns = reversed(layer.weight.shape) if is_transposed(layer) else layer.weight.shape
         dtype, device = torch.promote_types(layer.weight.dtype, torch.float32), layer.weight.device
         layer.lora_A = nn.Linear(columns, lora.r, bias=False, dtype=dtype, device=device)
-        layer.lora_B = Zeros(lora.r, rows, bias=False, dtype=dtype, device=device)
-        layer.lora_scale, layer.lora_dropout, layer.lora_merged = lora.scale, lora.lora_dropout, False
+        layer.lora_B = nn.Linear(lora.r, rows, bias=False, dtype=dtype, device=device)
+        nn.init.zeros_(layer.lora_B.weight)
+        layer.lora, layer.lora_merged = lora, False
         layer.register_forward_hook(add_update)
         if lora.bias == "lora_only" and layer.bias is not None:
             layer.bias.requires_grad_(True)
         if base != "float":
             quantize(layer, name, base)
     for name, p in model.named_parameters():
-        if lora.bias == "all" and name.rpartition(".")[2] == "bias":
+        if lora.bias == "all" and "bias" in name:       # as in PEFT
             p.requires_grad_(True)
-    names = [name for name, _ in model.named_modules()]
-    if missing := [end for end in lora.modules_to_save or () if not any(name.endswith(end) for name in names)]:
-        raise UsageError(f"--lora_modules_to_save: the model has no module with a name that ends in {', '.join(missing)}")
-    for name in names:
-        if is_saved_whole(name, lora):
-            model.get_submodule(name).requires_grad_(True)
+    train_whole(model, lora)
     model.lora = lora
 
 
-class Zeros(nn.Linear):
-    """Starts at zero, from the meta device too."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
+def train_whole(model: nn.Module, lora: Lora) -> None:
+    """Has modules_to_save trained. UsageError for what an adapter's file could not bring back."""
+    names, uses = [name for name, _ in model.named_modules()], Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if missing := [end for end in lora.modules_to_save or () if not any(name.endswith(end) for name in names)]:
+        raise UsageError(f"--lora_modules_to_save: the model has no module with a name that ends in {', '.join(missing)}")
+    whole = {name: model.get_submodule(name) for name in names if is_saved_whole(name, lora)}
+    for name, module in whole.items():
+        if any(uses[id(p)] > 1 for p in module.parameters()):
+            raise UsageError(f"--lora_modules_to_save: {name} shares a weight with another module, which would be trained too: leave it away")
+        module.requires_grad_(True)
+    kept = {module for saved in whole.values() for module in saved.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module not in kept:
+            raise UsageError(f"{name} is a BatchNorm, whose statistics change in training, and an adapter would not keep them: give --lora_modules_to_save {name}")
 
 
 def add_update(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """What an adapter adds to the output of its layer."""
     if layer.lora_merged:
         return output
-    x = F.dropout(inputs[0].to(layer.lora_A.weight.dtype), layer.lora_dropout, layer.training)
-    return output + (layer.lora_B(layer.lora_A(x)) * layer.lora_scale).to(output.dtype)
+    x = F.dropout(inputs[0].to(layer.lora_A.weight.dtype), layer.lora.lora_dropout, layer.training)
+    return output + (layer.lora_B(layer.lora_A(x)) * layer.lora.scale).to(output.dtype)
 
 
 @torch.no_grad()
@@ -192,19 +214,25 @@ def merge(model: nn.Module, sign: int = 1) -> None:
         if hasattr(layer, "lora_A") and layer.lora_merged == (sign < 0):
             if len(plain(layer.weight)) > 1:
                 raise UsageError(f"{name}.weight is quantized: merge into the model as it was before (--lora_base float)")
-            update = layer.lora_B.weight @ layer.lora_A.weight * layer.lora_scale
+            update = layer.lora_B.weight @ layer.lora_A.weight * layer.lora.scale
             layer.weight += sign * (update.T if is_transposed(layer) else update).to(layer.weight.dtype)
             layer.lora_merged = sign > 0
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Leaves a model that had its adapters merged as it would be without them, all of it trainable."""
+    """Merges the adapters, and leaves the model as if it had never had them. What is frozen stays so."""
+    merge(model)
     for layer in [module for module in model.modules() if hasattr(module, "lora_A")]:
-        del layer.lora_A, layer.lora_B
+        del layer.lora_A, layer.lora_B, layer.lora, layer.lora_merged
         for key in [key for key, hook in layer._forward_hooks.items() if hook is add_update]:
             del layer._forward_hooks[key]
     del model.lora
-    model.requires_grad_(True)
+
+
+def lora_of(model: nn.Module) -> Lora | None:
+    """The settings of the adapters of a model, if it has any."""
+    lora = getattr(model, "lora", None)     # a model of one's own may have something else of that name
+    return lora if isinstance(lora, Lora) else None
 
 
 def adapter_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -232,7 +260,7 @@ def quantize(layer: nn.Module, name: str, kind: str) -> None:
     if kind == "nf4":
         layer.weight = nn.Parameter(to_nf4(layer.weight.detach(), 64, math.gcd(layer.weight.numel() // 64, 16)), requires_grad=False)
     else:
-        quantize_(layer, Int8WeightOnlyConfig())
+        quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))       # it is that of the whole process
         layer.weight.requires_grad_(False)
 
 

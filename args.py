@@ -70,14 +70,14 @@ class TrainArgs:
                                          " transformers model, a folder or a name of the hub", fixed=True)
     # -- adapters (adapters.py)
     lora_rank: int | None = arg(None, "train only low-rank adapters (LoRA) of this rank, on a frozen model", 1, 100_000, fixed=True)
-    lora_alpha: float | None = arg(None, "their updates are scaled by alpha / rank (default: lora_rank)", 0, 1e6, fixed=True)
+    lora_alpha: float | None = arg(None, "their updates are scaled by alpha / rank (default: lora_rank)", 1e-6, 1e6, fixed=True)
     lora_dropout: float = arg(0.0, "probability of dropping an input of an adapter while training", 0, 0.999)
     lora_target_modules: str | None = arg(None, "linear layers that get one: ends of their names, with commas, or a regular expression"
                                           " of whole names (default: those inside numbered layers)", fixed=True)
     lora_modules_to_save: str | None = arg(None, "ends of names of modules that are trained as a whole and saved with the adapters", fixed=True)
     lora_bias: Literal["none", "all", "lora_only"] = arg("none", "biases to train: none, all, or those of layers with adapters", fixed=True)
     use_rslora: bool = arg(False, "scale by alpha / sqrt(rank) instead", fixed=True)
-    lora_adapter: str | None = arg(None, "start from an adapter in PEFT's format, with its settings; a folder")
+    lora_adapter: str | None = arg(None, "start from an adapter in PEFT's format, with its settings; a folder", fixed=True)
     lora_base: Literal["float", "nf4", "int8"] = arg("float", "keep the frozen weights of layers with adapters in 4 or 8 bits (QLoRA); needs torchao", fixed=True)
     # -- how long and how much at a time
     num_train_epochs: float = arg(3.0, "passes over the data; fractions allowed", 0, 1e9)
@@ -214,6 +214,8 @@ def parse_args(argv: list[str] | None = None, flags: str = "", description: str 
     """The command line as `TrainArgs`. Raises one `UsageError` with every problem of the line, ranges included. flags: come before it,
     except that what is to be done, --do_train and the like, is taken from only one of them."""
     argv = sys.argv[1:] if argv is None else argv
+    if any(word.startswith("--lora_adapter") for word in argv):      # has such settings itself
+        flags = re.sub(r"--(lora_\w+|use_rslora)( [^-]\S*)?", "", flags)
     before = flags.split()
     if any(word.startswith("--do_") for word in argv):
         before = [word for word in before if not word.startswith("--do_")]

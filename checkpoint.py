@@ -40,7 +40,7 @@ from types import NoneType
 import torch
 from torch import Tensor, nn
 
-from adapters import adapter_weights
+from adapters import Lora, adapter_weights, lora_of
 from args import changed_args
 from distributed import local_part
 from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
@@ -110,7 +110,8 @@ class Saver:
                     for name, plan in files.items():
                         if plan.shared:
                             create_file(os.path.join(self.tmp, name), plan)
-            files |= plan_rest(run)
+            with world.writing(self.tmp):
+                files |= plan_rest(run)
             if args.save_async:
                 files = {name: plan._replace(tensors=[(key, at, self.copy(name, key, tensor)) for key, at, tensor in plan.tensors])
                          for name, plan in files.items()}
@@ -220,11 +221,11 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
         if id(tensor) not in seen:
             weights[name] = tensor
         seen.add(id(tensor))
-    return adapter_weights(model, weights) if hasattr(model, "lora") else weights
+    return adapter_weights(model, weights) if lora_of(model) else weights
 
 
 def weights_stem(model: nn.Module) -> str:
-    return "adapter_model" if hasattr(model, "lora") else "model"
+    return "adapter_model" if lora_of(model) else "model"
 
 
 def plan_weights(run: Run) -> dict[str, FilePlan]:
@@ -263,8 +264,8 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
         files[f"ema-{world.rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
     if world.writes:
         files["args.json"] = plan_json(args.to_dict())
-        if hasattr(run.model, "lora"):
-            files["adapter_config.json"] = plan_json(run.model.lora.to_peft(run.model, getattr(run.model, "name_or_path", args.model_name_or_path)))
+        if lora := lora_of(run.model):
+            files["adapter_config.json"] = plan_json(lora.to_peft(run.model, getattr(run.model, "name_or_path", args.model_name_or_path)))
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
         optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None,
                      "groups": run.parallel.groups, "settings": [plain_settings(group) for group in run.optimizer.param_groups]}
@@ -296,7 +297,7 @@ def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
     """What from_pretrained wants beside the weights: the configuration of a transformers model, and the files of a tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         transformers = sys.modules.get("transformers")      # if the model is one of its own, it has been imported
-        if transformers is not None and isinstance(model, transformers.PreTrainedModel) and not hasattr(model, "lora"):     # of adapters, the base has it
+        if transformers is not None and isinstance(model, transformers.PreTrainedModel) and not lora_of(model):     # of adapters, the base has it
             config = copy.deepcopy(model.config)        # as save_pretrained of the model completes it; fully_shard has put a class in front
             config.architectures = [next(cls.__name__ for cls in type(model).__mro__ if not hasattr(cls, "reshard"))]
             config.dtype = model.dtype
@@ -311,7 +312,7 @@ def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
 def read_plan(path: str) -> FilePlan:
     """A small file as it is."""
     if not os.path.isfile(path) or os.path.islink(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
-        raise UsageError(f"processing_class saves {os.path.basename(path)!r}, and a checkpoint holds only plain files, of names of letters, digits, and _.-")
+        raise UsageError(f"{path}: a checkpoint holds only plain files, of names of letters, digits, and _.-; of a processing_class too")
     with open(path, "rb") as file:
         content = file.read()
     return FilePlan(content, len(content), [])
@@ -358,13 +359,17 @@ def load_state(path: str | None, args, data: str) -> TrainState:
         if not isinstance(content["stream"], (dict, NoneType)):
             raise TypeError("impossible values: stream")
         state = TrainState(**stored, stream=content["stream"], max_steps=stored["global_step"])
-    if not args.trains:
+    adapted = os.path.exists(os.path.join(path, "adapter_config.json"))
+    if not args.trains and not adapted:
         return state        # nothing goes on
     with reading(path, "args.json"):
         changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in known_changes(path, args) if fixed]
-    if state.data == "":       # taken over from another trainer, which does not tell
-        state.data = data
-    if state.data != data:
+        if "taken_over_from" in read_json(path, "args.json") and data.startswith(state.data):       # it knows the number of samples at most
+            state.data = data
+    if not args.trains:     # the base of adapters is in no checkpoint: it has to be the same
+        base = {"model_name_or_path", "lora_base", "lora_adapter", *(() if args.model_name_or_path else ("seed",))}
+        changes = [change for change in changes if change[3] in base]
+    elif state.data != data:
         changes.append(("the training data", show(state.data), data, "data"))
         state.data = data
     refused = [change for change in changes if change[3] not in args.allowed]
@@ -480,9 +485,14 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
     weights, stem = model_weights(model), weights_stem(model)
     with PartFiles(path, stem) as files, reading(path, files.name), torch.no_grad():
         if not files.names:
-            other = {"model": "it holds adapters: give the --lora_rank and the other settings they were trained with",
-                     "adapter_model": "it holds whole weights: give it as --model_name_or_path, and leave --lora_rank and --lora_adapter away to go on with all of them"}
-            raise ValueError(other[stem] if any("model" in name for name in os.listdir(path)) else "it is missing")
+            if stem == "model" and os.path.exists(os.path.join(path, "adapter_config.json")):
+                raise UsageError(f"{path} holds adapters: give the --lora_rank and the other settings they were trained with", 3)
+            if stem != "model" and os.path.exists(os.path.join(path, "model.safetensors")):
+                raise UsageError(f"{path} holds whole weights: to train adapters on it, give it as --model_name_or_path; to go on with all of it, no --lora_rank", 3)
+            raise UsageError(f"{path}{os.sep}{stem}.safetensors is missing", 3)
+        if (lora := lora_of(model)) and (stored := Lora.from_peft(path)).scale != lora.scale:
+            raise UsageError(f"{path} holds adapters with the scale {stored.scale:g} (r={stored.r}, lora_alpha={stored.lora_alpha:g}, use_rslora={stored.use_rslora}), "
+                             f"and this run's is {lora.scale:g}: give the --lora_rank, --lora_alpha and --use_rslora they were trained with", 3)
         wanted = {key: tuple(tensor.shape) for key, tensor in weights.items()}
         found = {key: files.shape(key) for key in files.found if not re.search(r"\.(original_module|modules_to_save)\.", key)}     # PEFT's copies
         problems = misfits(wanted, found)
@@ -508,7 +518,7 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
     """left: weights that did not come from the checkpoint, whose states start anew."""
     optimizer, held = run.optimizer, run.parallel.parts
     if stored["class"] != type(optimizer).__name__:
-        raise UsageError(f"{path} holds the state of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
+        raise UsageError(f"{path}{os.sep}state.json is of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
     if not alike(stored["evaluates"], True):
         raise ValueError(f"impossible values: evaluates={stored['evaluates']!r:.100}")
@@ -529,7 +539,7 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
                 check_state(name, [] if name in files.numbers else files.found[name], part, part.piece in whole, part.piece in known)
                 states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else files.read(name, part)
         for group in optimizer.param_groups:
-            if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1 and not left:
+            if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1:
                 raise ValueError("some parameters have states that others lack")
     packed = optimizer.state_dict()   # its groups hold the flags given now
     pieces = [p for group in optimizer.param_groups for p in group["params"]]

@@ -16,15 +16,11 @@ from world import World
 from zero import DataParallel, Parallel, plain, share, whole_parameters
 
 
-def build_on(world: World, build: Callable[[], nn.Module]) -> nn.Module:
-    """build(), on the meta device and without memory if the model will be sharded and its class says by `meta_init = True` that
-    reset_parameters is all there is to its initial weights; `parallelize` then fills the shards."""
-    if world.device_mesh is not None:
-        with torch.device("meta"):
-            model = build()
-        if getattr(model, "meta_init", False):
-            return model
-    return build()
+def build_on(world: World, build: Callable[[], nn.Module], meta_init: bool) -> nn.Module:
+    """build(), on the meta device and without memory if the model will be sharded. meta_init: reset_parameters of its modules is all
+    there is to its initial weights; `parallelize` then fills the shards by that."""
+    with torch.device("meta") if world.device_mesh is not None and meta_init else contextlib.nullcontext():
+        return build()
 
 
 def parallelize(model: nn.Module, args, world: World) -> Parallel:
@@ -80,7 +76,7 @@ class FullySharded(Parallel):
     def __init__(self, model: nn.Module, args, world: World):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         units = find_units(model, args.fsdp_transformer_layer_cls_to_wrap)
-        check_shardable(model, units, args)
+        check_shardable(model, units, args, world.device_mesh["shard"].size())
         on_meta = any(p.is_meta for p in model.parameters())
         if not on_meta:
             for p in model.parameters():
@@ -205,11 +201,14 @@ class Exchange:
             shard.copy_(rows[rank, :len(shard)])
 
 
-def check_shardable(model: nn.Module, units: list[nn.Module], args) -> None:
+def check_shardable(model: nn.Module, units: list[nn.Module], args, ranks: int) -> None:
     """What fully_shard cannot take, in our words."""
     problems = [f"{name} is {'a single number' if p.ndim == 0 else 'empty'}" for name, p in model.named_parameters() if p.ndim == 0 or not p.numel()]
-    problems += [f"{name} is quantized ({type(p).__name__}), which cannot be cut" for name, p in model.named_parameters()
-                 if len(plain(p)) > 1 and not hasattr(p, "fsdp_pre_all_gather")]
+    for name, p in model.named_parameters():
+        if len(plain(p)) > 1:
+            block = getattr(p, "block_size", 1) * getattr(p, "scaler_block_size", 1)        # of a 4-bit one
+            if not hasattr(p, "fsdp_pre_all_gather") or p.shape[0] % ranks or p.numel() // ranks % block:
+                problems.append(f"{name} is quantized ({type(p).__name__}) and cannot be cut for {ranks} ranks")
     home = {module: unit for unit in [model, *units[::-1]] for module in unit.modules()}     # the innermost unit of each
     first: dict[Tensor, nn.Module] = {}
     for name, module in model.named_modules():

@@ -111,7 +111,6 @@ class GPT(nn.Module):
     each document of a row, and none attends to another. cache: input_ids are those after the ones it was called with before.
     attention_mask is what padding collators give; padding at the right needs none here, since no token looks ahead."""
 
-    meta_init = True        # initial weights are those of reset_parameters, module by module, and nothing else
     uncalled = ("head",)    # its weight is used without calling it, so it can have no adapter
 
     def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0, label_smoothing: float = 0.0):
@@ -146,8 +145,10 @@ class GPT(nn.Module):
 def build_model(args: TrainArgs) -> GPT:
     """With --model_name_or_path it has the weights of that checkpoint."""
     model = GPT(args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout, args.label_smoothing_factor)
-    model.meta_init = args.model_name_or_path is None and args.lora_base == "float"
-    if args.model_name_or_path is not None and not model.head.weight.is_meta:
+    if args.model_name_or_path is not None:
         verify(args.model_name_or_path)
-        load_model(model, args.model_name_or_path)
+        load_model(model, args.model_name_or_path, partly="weights" in args.allowed)
     return model
+
+
+build_model.meta_init = True        # initial weights are those of reset_parameters, module by module, and nothing else

@@ -226,6 +226,9 @@ def read_manifest(path: str) -> dict:
             raise UsageError(f"{path}: no such folder", 3)
         if steps := list_checkpoints(path):
             raise UsageError(f"{path}: it is the folder of a run: give a checkpoint in it, such as checkpoint-{steps[0]}", 3)
+        if not os.path.lexists(os.path.join(path, "manifest.json")):
+            raise UsageError(f"{path}{os.sep}manifest.json is missing: it is no complete checkpoint of this trainer"
+                             + "; a model of transformers is for recipes such as recipes/finetune_lm.py" * os.path.exists(os.path.join(path, "config.json")), 3)
         manifest = read_json(path, "manifest.json")
         if manifest["sha256"] != checksum(manifest):
             raise ValueError("it is not what was saved: its own checksum is another")

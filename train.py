@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None, build_data=build_data, build_model=build
         data = build_data(args)                               # data.py        <- your data
         if args.do_predict and data.test is data.eval is None:
             raise UsageError("--do_predict needs data to predict for: give --test_dataset or held-out data")
-        model = build_on(world, lambda: build_model(args))    # model.py       <- your model
+        fresh = args.model_name_or_path is args.lora_rank is args.lora_adapter is None
+        model = build_on(world, lambda: build_model(args), fresh and getattr(build_model, "meta_init", False))     # model.py <- your model
         run, train_loader, eval_loader = assemble(args, world, model, data.train, data.eval, collate, callbacks, checkpoint, make_optimizer,
                                                   make_schedule, processing_class)
         measures = {"compute_metrics": compute_metrics, "predict_fn": predict_fn, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
@@ -148,7 +149,8 @@ def take_over(args: TrainArgs, world: World, model: torch.nn.Module, loader: Loa
     name = ""
     with world.writing(args.output_dir):
         if world.writes:
-            name = os.path.basename(from_hf(checkpoint, args.output_dir, model, loader.num_samples, args.dataloader_drop_last))
+            name = os.path.basename(from_hf(checkpoint, args.output_dir, model, loader.num_samples, args.dataloader_drop_last,
+                                            partly="weights" in args.allowed))
     made = os.path.join(args.output_dir, world.gather_json(name)[0])
     print0(world, f"{checkpoint} is of the HF Trainer: taken over as {made}")
     if args.train_sampling_strategy == "group_by_length":

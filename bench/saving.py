@@ -173,7 +173,7 @@ def build(world, millions: int) -> torch.nn.Module:
     width = 64 * max(1, int(12 * (millions / 100) ** 0.5))
     vocab = int(millions * 1e6 - 144 * width**2) // (2 * width)
     if world.world_size > 1:
-        return build_on(world, lambda: GPT(vocab, 64, n_layer=12, n_head=width // 64, n_embd=width))
+        return build_on(world, lambda: GPT(vocab, 64, n_layer=12, n_head=width // 64, n_embd=width), meta_init=True)
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=64, n_embd=width, n_layer=12, n_head=width // 64, tie_word_embeddings=False,
                                       bos_token_id=0, eos_token_id=0))

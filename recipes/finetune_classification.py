@@ -20,8 +20,8 @@ from collators import PaddingCollator
 from data import Data
 from evalloop import likeliest
 from loss import logits_loss
-from state import run_main
-from tools.corpora import movie_reviews, pretrained
+from state import UsageError, run_main
+from tools.corpora import loading, movie_reviews, pretrained
 from tools.metrics import Accuracy
 from train import main
 
@@ -41,7 +41,13 @@ def build_data(args: TrainArgs, tokenizer) -> Data:
 
 def build_model(args: TrainArgs):
     from transformers import AutoModelForSequenceClassification
-    return AutoModelForSequenceClassification.from_pretrained(pretrained(args.model_name_or_path), num_labels=2)
+    with loading(args.model_name_or_path):
+        model, info = AutoModelForSequenceClassification.from_pretrained(pretrained(args.model_name_or_path), num_labels=2, output_loading_info=True)
+    new = sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
+    if args.lora_rank is not None and not all(name.endswith(tuple((args.lora_modules_to_save or "-").split(","))) for name in new):
+        raise UsageError(f"{', '.join(new)} are new and not of the pretrained model, so adapters alone would leave them as they are drawn: "
+                         f"give --lora_modules_to_save {','.join(new)}")
+    return model
 
 
 class AccuracyBesideBayes(Accuracy):
@@ -61,7 +67,9 @@ class AccuracyBesideBayes(Accuracy):
 
 def run(argv: list[str]):
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(pretrained(parse_args(argv, FLAGS).model_name_or_path))
+    name = parse_args(argv, FLAGS, __doc__).model_name_or_path
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(pretrained(name))
     return main(argv, lambda args: build_data(args, tokenizer), build_model, PaddingCollator(tokenizer.pad_token_id), logits_loss, AccuracyBesideBayes(),
                 preprocess_logits_for_metrics=likeliest, processing_class=tokenizer, flags=FLAGS, description=__doc__)
 

@@ -20,7 +20,7 @@ from data import Data
 from evalloop import save_results
 from loss import logits_loss
 from state import run_main
-from tools.corpora import pretrained, verses
+from tools.corpora import loading, pretrained, verses
 from train import main
 
 METRIC, LESS_IS_BETTER = "eval_loss", True
@@ -49,19 +49,22 @@ def build_model(args: TrainArgs):
     import torch
     from transformers import AutoModelForCausalLM
     folder, options = source(args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    with loading(args.model_name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     model.config.use_cache = False
     return model
 
 
 def run(argv: list[str]):
     from transformers import AutoTokenizer
-    folder, options = source(parse_args(argv, FLAGS).model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    name = parse_args(argv, FLAGS, __doc__).model_name_or_path
+    folder, options = source(name)
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     finished = main(argv, lambda args: build_data(args, tokenizer), build_model, CausalLMCollator(tokenizer.pad_token_id or 0), logits_loss,
                     processing_class=tokenizer, flags=FLAGS, description=__doc__)
     losses = [row for row in finished.state.log_history if "eval_loss" in row] if finished.args.trains else []
-    if losses:      # the baseline is the model as it came
+    if losses and losses[0]["step"] == 0:       # the baseline is the model as it came
         save_results(finished, "eval", {**losses[-1], "eval_baseline": losses[0]["eval_loss"]})
     return finished
 

@@ -517,6 +517,26 @@ def test_a_flipped_bit_in_one_replica_is_found_and_its_rank_named(ranks, tmp_pat
     assert ranks.run(3, diverging, tmp_path / "fsdp", "fsdp") == [None] * 3     # there is only one of each
 
 
+class Tokenizer:
+    def save_pretrained(self, folder):
+        raise OSError(28, "No space left on device")
+
+
+def save_with_tokenizer(output_dir) -> tuple[str, int]:
+    try:
+        with toy_run(arguments(output_dir, max_steps=2, save_strategy="steps", save_steps=1), processing_class=Tokenizer()) as (run, loader, _):
+            train(run, loader, None, compute_loss)
+    except UsageError as error:
+        return str(error), error.exit_code
+    return "", 0
+
+
+def test_a_tokenizer_that_one_rank_cannot_write_ends_all_of_them(ranks, tmp_path):
+    for message, code in ranks.run(2, save_with_tokenizer, tmp_path):
+        assert "No space left on device" in message and code == 5
+    assert not list_checkpoints(tmp_path)
+
+
 class Plain(torch.nn.Module):
     """A model whose layers can be named, shaped and left away as a test wants."""
 

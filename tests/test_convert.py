@@ -297,6 +297,12 @@ def test_weights_that_do_not_fit_are_refused_by_name(theirs, tmp_path, change):
     message = refusal(take_over, folder, tmp_path / "run")
     assert "model.layers.0.mlp.up_proj.weight" in message and ("upper" in message) == (change is rename)
     assert not os.path.exists(tmp_path / "run" / "metrics.jsonl") and not list_checkpoints(tmp_path / "run")
+    run = here("llama", tmp_path / "anyway", folder, allow_change="weights", learning_rate=0.0)
+    made, theirs_read = (load_file(path / "model.safetensors") for path in (tmp_path / "anyway" / f"checkpoint-{CUT}", folder))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert all(torch.equal(made[key], value) for key, value in theirs_read.items() if key in made and key != name) and made[name].isfinite().all()
+    steps = {part.name: run.optimizer.state[part.piece]["step"].item() for part in run.parallel.parts}
+    assert steps.pop(name) == TOTAL - CUT and set(steps.values()) == {TOTAL}
 
 
 @pytest.mark.parametrize("change", [lambda weights: weights.pop("hidden.bias"), lambda weights: weights["head.weight"].zero_()])
@@ -357,7 +363,7 @@ def test_a_processing_class_that_makes_folders_is_refused(tmp_path):
     class Deep:
         def save_pretrained(self, folder):
             os.mkdir(os.path.join(folder, "templates"))
-    with pytest.raises(UsageError, match="processing_class saves 'templates'"):
+    with pytest.raises(UsageError, match="a checkpoint holds only plain files"):
         run_training(TrainArgs(**settings("plain", tmp_path)), cross_entropy_sum, model=Plain(), train_set=data("plain"),
                      collate=lambda samples: collate(samples, "plain", True), processing_class=Deep())
     assert not list_checkpoints(tmp_path)
@@ -493,6 +499,15 @@ def test_streams_are_refused_both_ways(theirs, tmp_path):
         here("llama", tmp_path / "a", theirs / f"checkpoint-{CUT}", train_set=Stream())
     here("llama", tmp_path / "b", train_set=Stream())
     assert "its training data is a stream" in refusal(to_hf, str(tmp_path / "b" / f"checkpoint-{CUT}"), str(tmp_path / "hf"), code=2)
+
+
+def test_other_data_is_refused_and_adapters_are_told_what_to_do_with(theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    assert main(["from-hf", str(folder), str(tmp_path / "run"), "--num_samples", str(len(data("llama")))]) is None
+    with pytest.raises(UsageError, match="the training data"):
+        here("llama", tmp_path / "run", True, train_set=data("llama")[:-1])
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/etc"}')
+    assert "--lora_adapter" in refusal(take_over, folder, tmp_path / "other")
 
 
 def test_to_evaluate_a_checkpoint_of_theirs_it_is_converted_first(theirs, tmp_path):

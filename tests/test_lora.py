@@ -9,11 +9,13 @@ from torch import nn
 
 from adapters import Lora, add_lora, merge, remove_lora
 from checkpoint import load_model, model_weights
+from data import Data
 from distributed import whole
-from model import GPT
+from model import GPT, build_model
 from state import UsageError
-from tests.toy import arguments, gpt, sequences, train_and
+from tests.toy import arguments, gpt, rows, sequences, train_and
 from tools.convert import main as convert
+from train import main
 from world import set_seed
 from zero import plain
 
@@ -74,7 +76,7 @@ def test_adapters_start_exactly_at_the_model_and_merge_into_it(build):
     torch.testing.assert_close(outputs(model), adapted, rtol=0, atol=1e-5)
     merge(model)
     remove_lora(model)
-    assert set(dict(model.named_parameters())) == names and all(p.requires_grad for p in model.parameters())
+    assert set(dict(model.named_parameters())) == names
     torch.testing.assert_close(outputs(model), adapted, rtol=0, atol=1e-5)
 
 
@@ -204,18 +206,101 @@ def mistake(output_dir, model=gpt, strategy="ddp", **changes) -> str:
 
 def test_a_base_that_cannot_be_cut_is_refused_by_name_under_fsdp(ranks, tmp_path):
     messages = ranks.run(2, refused_on_ranks, tmp_path / "int8")
-    assert all("blocks.0.attn.qkv.weight is quantized (Int8Tensor), which cannot be cut" in message and "zero2" in message for message in messages)
+    assert all("blocks.0.attn.qkv.weight is quantized (Int8Tensor) and cannot be cut for 2 ranks" in message and "zero2" in message for message in messages)
 
 
 def refused_on_ranks(output_dir):
     return mistake(output_dir, wide, "fsdp", lora_base="int8")
 
 
+def refused_on_three(output_dir):
+    return mistake(output_dir, wide, "fsdp", lora_base="nf4")
+
+
+def test_4_bits_that_three_ranks_cannot_cut_are_refused_by_name(ranks, tmp_path):
+    messages = ranks.run(3, refused_on_three, tmp_path / "nf4")
+    assert all("blocks.0.attn.out.weight is quantized (NF4Tensor) and cannot be cut for 3 ranks" in message for message in messages)
+
+
+def build_whole(args):
+    """A model out of files, as from_pretrained gives it: never on the meta device."""
+    model = gpt(dtype=torch.float64)
+    assert not model.head.weight.is_meta
+    return model
+
+
+def through_main(output_dir, strategy, build=build_whole, *flags):
+    """Losses of a run of main() itself."""
+    samples = sequences(11)
+    main(["--output_dir", str(output_dir), "--strategy", strategy, "--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2",
+          "--save_steps", "4", "--disable_tqdm", "--use_cpu", *flags], build_data=lambda args: Data(samples, samples[:3], "numbers"), build_model=build)
+    return [row["loss"] for row in rows(output_dir) if "loss" in row]
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_rank", "2")])
+def test_a_model_that_is_loaded_is_sharded_too(flags, ranks, tmp_path):
+    ddp, fsdp = (ranks.run(2, through_main, tmp_path / strategy, strategy, build_whole, *flags)[0] for strategy in ("ddp", "fsdp"))
+    np.testing.assert_allclose(fsdp, ddp, rtol=0, atol=1e-11)
+
+
+SHAPE = ("--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "8", "--vocab_size", "17")
+
+
+def test_adapters_start_from_the_same_base_under_every_strategy_drawn_or_saved(ranks, tmp_path):
+    for name, flags in (("drawn", ()), ("saved", ("--model_name_or_path", str(tmp_path / "base/checkpoint-4")))):
+        if name == "saved":
+            ranks.run(2, through_main, tmp_path / "base", "ddp", build_model, *SHAPE)
+        ddp, fsdp = (ranks.run(2, through_main, tmp_path / name / strategy, strategy, build_model, *SHAPE, "--lora_rank", "2", *flags)[0] for strategy in ("ddp", "fsdp"))
+        np.testing.assert_allclose(fsdp, ddp, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_is_evaluated_at_its_scale_and_on_its_base_or_not_at_all(tmp_path):
+    through_main(tmp_path / "base", "ddp", build_model, *SHAPE)
+    base = ("--model_name_or_path", str(tmp_path / "base/checkpoint-4"))
+    lora = ("--lora_rank", "2", "--lora_alpha", "64")
+    run = ["--output_dir", str(tmp_path / "run"), *SHAPE, "--use_cpu", "--do_eval"]
+    through_main(tmp_path / "run", "ddp", build_model, *SHAPE, *base, *lora)
+    samples = sequences(11)
+
+    def evaluated(*flags):
+        return main([*run, *flags], build_data=lambda args: Data(samples, samples, "numbers"))
+    assert evaluated(*base, *lora).state.global_step == 4
+    with pytest.raises(UsageError, match="the scale 32 .* and this run's is 1"):
+        evaluated(*base, "--lora_rank", "2")
+    with pytest.raises(UsageError, match="of a run with --model_name_or_path"):
+        evaluated(*lora)
+
+
+class WithStatistics(nn.Module):
+    lora = None     # a name of its own
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.norm = nn.ModuleList([nn.Linear(4, 4)]), nn.BatchNorm1d(4)
+
+
+def test_statistics_that_an_adapter_would_not_keep_are_refused():
+    with pytest.raises(UsageError, match="norm is a BatchNorm.*--lora_modules_to_save norm"):
+        add_lora(WithStatistics(), Lora(r=2, lora_alpha=2, target_modules=["0"]))
+    model = WithStatistics()
+    add_lora(model, Lora(r=2, lora_alpha=2, target_modules=["0"], modules_to_save=["norm"]))
+    assert "base_model.model.norm.running_var" in model_weights(model)
+    model = WithStatistics()
+    model.lora = nn.Linear(1, 1)
+    assert "lora.weight" in model_weights(model)
+
+
+def test_a_head_that_shares_its_weight_is_not_trained_as_a_whole():
+    with pytest.raises(UsageError, match="lm_head shares a weight with another module"):
+        add_lora(gpt2(), Lora(r=2, lora_alpha=2, modules_to_save=["lm_head"]))
+
+
 @pytest.mark.parametrize("changes, said", [
-    ({"lora_target_modules": "no_such"}, "the model has no such layer; its linear layers are blocks.0.attn.qkv"),
+    ({"lora_target_modules": "up,no_such"}, "no module has a name that ends in no_such"),
+    ({"lora_target_modules": "no_such"}, "no module has a name that ends in no_such; its linear layers are called down, head, out, qkv, up"),
     ({"lora_target_modules": "(up"}, "it is no regular expression"),
-    ({"lora_target_modules": "head"}, "head is not called in the forward pass"),
-    ({"lora_target_modules": "embed"}, "embed is a Embedding, and adapters are for linear layers"),
+    ({"lora_target_modules": "head"}, "head, which is not called in the forward pass"),
+    ({"lora_target_modules": "embed"}, "embed, which is a Embedding, and adapters are for linear layers"),
     ({"lora_modules_to_save": "classifier"}, "no module with a name that ends in classifier"),
     ({"lora_base": "nf4", "lora_target_modules": r"blocks\.0\.(up|attn\.qkv)", "model": lambda dtype: odd()}, "no multiple of 64"),
     ({"lora_rank": None}, "--lora_alpha: it needs --lora_rank"),
@@ -230,12 +315,13 @@ def odd():
 
 
 def test_a_head_that_shares_its_weight_gets_no_adapter():
-    with pytest.raises(UsageError, match="lm_head shares its weight with another layer"):
+    with pytest.raises(UsageError, match="lm_head, which shares its weight with another layer"):
         add_lora(gpt2(), Lora(r=2, lora_alpha=2, target_modules=["lm_head"]))
 
 
 @pytest.mark.parametrize("setting, said", [({"use_dora": True}, "use_dora=True"), ({"rank_pattern": {"q": 4}}, "rank_pattern"), ({"peft_type": "IA3"}, "IA3"),
-                                           ({"r": "4"}, "impossible values"), ({"init_lora_weights": "pissa"}, "changed base"), ({"r": None}, "impossible values")])
+                                           ({"r": "4"}, "impossible values"), ({"lora_dropout": 5}, "impossible values"), ({"modules_to_save": "head"}, "impossible values"),
+                                           ({"use_rslora": "no"}, "impossible values"), ({"layers_to_transform": 0}, "layers_to_transform=0"), ({"init_lora_weights": "pissa"}, "changed base"), ({"r": None}, "impossible values")])
 def test_an_adapter_of_another_kind_is_refused_by_what_is_unknown(setting, said, tmp_path):
     model = gpt()
     add_lora(model, Lora(r=2, lora_alpha=2))
@@ -259,6 +345,6 @@ def test_whole_weights_and_adapters_are_told_apart(tmp_path):
         convert(["to-hf", str(tmp_path / "adapters/checkpoint-6"), str(tmp_path / "theirs")])
     adapted_run(tmp_path / "whole", lora_rank=None, lora_alpha=None)
     allow = {"allow_change": "lora_rank,lora_alpha"}
-    assert "it holds adapters" in mistake(tmp_path / "a", resume=str(tmp_path / "adapters/checkpoint-4"), lora_rank=None, lora_alpha=None, **allow)
-    assert "it holds whole weights" in mistake(tmp_path / "b", resume=str(tmp_path / "whole/checkpoint-4"), **allow)
+    assert "holds adapters: give" in mistake(tmp_path / "a", resume=str(tmp_path / "adapters/checkpoint-4"), lora_rank=None, lora_alpha=None, **allow)
+    assert "holds whole weights: to train" in mistake(tmp_path / "b", resume=str(tmp_path / "whole/checkpoint-4"), **allow)
     assert "lora_rank" in mistake(tmp_path / "c", resume=str(tmp_path / "adapters/checkpoint-4"), lora_rank=3)

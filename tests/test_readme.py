@@ -51,8 +51,8 @@ def test_every_file_its_picture_names_exists():
 
 
 def test_every_flag_it_names_is_a_flag():
-    generate = set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "tools" / "generate.py").read_text()))
-    known = {field.name for field in dataclasses.fields(TrainArgs)} | generate | TORCHRUN | SLURM | {"help"}
+    tools = {flag for path in (ROOT / "tools").glob("*.py") for flag in re.findall(r'add_argument\("--(\w+)"', path.read_text())}
+    known = {field.name for field in dataclasses.fields(TrainArgs)} | tools | TORCHRUN | SLURM | {"help", "logdir"}
     flags = set(re.findall(r"(?<![\w|-])--([a-z][\w-]*)", README))
     assert {"output_dir", "prompt", "nproc-per-node"} <= flags
     assert not flags - known

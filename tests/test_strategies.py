@@ -339,7 +339,6 @@ def unlike(tied: bool) -> GPT:
     if tied:
         model.head.weight = model.embed.weight
     else:
-        model.meta_init = False
         model.blocks.apply(lambda m: nn.init.normal_(m.weight, std=0.3) if isinstance(m, nn.Linear) else None)
     return model
 
@@ -348,15 +347,15 @@ def deep_gpt() -> GPT:
     return GPT(VOCAB, LENGTH, n_layer=8, n_head=3, n_embd=18)
 
 
-BUILDERS = [deep_gpt, partial(unlike, True), partial(unlike, False)]
+BUILDERS = [(deep_gpt, True), (partial(unlike, True), True), (partial(unlike, False), False)]
 
 
-def from_meta(output_dir, world_size: int, strategy: str, build):
+def from_meta(output_dir, world_size: int, strategy: str, build, meta_init: bool):
     """Initial weights, bytes of shards, most bytes that were alive while they were made, and whether the model came from the meta device."""
     args = settings(output_dir, world_size, strategy)
     with open_world(args) as world:
         set_seed(3)
-        model = build_on(world, build)
+        model = build_on(world, build, meta_init)
         on_meta = all(p.is_meta for p in model.parameters())
         with Alive() as alive:
             parallelize(model, args, world)
@@ -365,15 +364,16 @@ def from_meta(output_dir, world_size: int, strategy: str, build):
 
 
 @pytest.mark.parametrize("world_size, strategy", STRATEGIES[3:])
-@pytest.mark.parametrize("build", BUILDERS, ids=["plain", "tied", "own"])
-def test_a_sharded_model_starts_with_the_weights_of_one_process_and_no_rank_holds_it_whole(ranks, tmp_path, world_size, strategy, build):
+@pytest.mark.parametrize(("build", "meta_init"), BUILDERS, ids=["plain", "tied", "own"])
+def test_a_sharded_model_starts_with_the_weights_of_one_process_and_no_rank_holds_it_whole(ranks, tmp_path, world_size, strategy, build, meta_init):
     set_seed(3)
     expected = build()
     total = sum(p.nbytes for p in expected.parameters())
     largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in expected.modules())
-    for got, held, most, on_meta in on_ranks(ranks, from_meta, tmp_path, world_size=world_size, strategy=strategy, build=build):
+    for got, held, most, on_meta in on_ranks(ranks, from_meta, tmp_path, world_size=world_size, strategy=strategy, build=build,
+                                                 meta_init=meta_init):
         assert all((got[name] == p.detach().numpy()).all() for name, p in expected.named_parameters())
-        assert on_meta == expected.meta_init
+        assert on_meta == meta_init
         if build is deep_gpt:
             assert held < total * 1.2 / (2 if strategy == "hsdp" else world_size)
             assert most < held * 1.1 + 3 * largest < total      # its shards, and one module at a time

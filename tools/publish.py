@@ -130,6 +130,8 @@ def build_card(path: str, manifest: dict, flags: argparse.Namespace) -> tuple[st
         step, epoch = operator.index(manifest["step"]), cell(state["epoch"])
     with reading(path, "args.json"):
         args = read_json(path, "args.json")
+        if "taken_over_from" in args:
+            raise UsageError(f"{path} was taken over from another trainer, which does not tell how it was trained: train on, and give a later checkpoint", 3)
         settings, averaged = hyperparameters(args, ranks, optimizer["class"]), args["ema_decay"] is not None or optimizer["evaluates"]
         base, data, held_out = map(hub_name, (args.get("model_name_or_path"), args["dataset"], args["eval_dataset"]))
     datasets = flags.datasets or [data] * bool(data)
@@ -183,7 +185,9 @@ def hyperparameters(args: dict, ranks: int, optimizer: str) -> dict[str, str]:
              "lr_scheduler_warmup_steps": args["warmup_steps"],
              **({"training_steps": args["max_steps"]} if args["max_steps"] > 0 else {"num_epochs": args["num_train_epochs"]}),
              "mixed_precision_training": "fp16" if args["fp16"] else "bf16" if args["bf16"] else None,
-             **{name: args[name] or None for name in ("label_smoothing_factor", "neftune_noise_alpha", "ema_decay")}}
+             **{name: args[name] or None for name in ("label_smoothing_factor", "neftune_noise_alpha", "ema_decay")},
+             **{name: args.get(name) for name in (("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "lora_bias",
+                                                   "use_rslora", "lora_base") if args.get("lora_rank") else ())}}
     ours = kind.partition("_")[0] in optimizer.lower()      # else the program has brought another one, and --optim says nothing
     return {key: cell(value) for key, value in found.items() if value is not None} | {"optimizer": about if ours else cell(optimizer)}
 

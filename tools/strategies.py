@@ -130,7 +130,7 @@ def run_case(case: Case, updates: int, weights: bool) -> dict:
     before = resident()
     with open_world(args) as world:
         set_seed(0)
-        model = build_on(world, lambda: GPT(256, LENGTH, case.n_layer, 4, case.n_embd))
+        model = build_on(world, lambda: GPT(256, LENGTH, case.n_layer, 4, case.n_embd), meta_init=True)
         if case.precision == "float64":
             model = model.double()
         run, loader, _ = assemble(args, world, model, data, callbacks=[watch])
