@@ -5,7 +5,7 @@ from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 
-SLOWEST = ("test_strategies", "test_failures", "test_chaos", "test_main", "test_hosts", "test_fuzz", "test_recipes_b", "test_resume")
+SLOWEST = ("test_strategies", "test_failures", "test_chaos", "test_main", "test_hosts", "test_convert", "test_sweep", "test_fuzz", "test_finetune", "test_recipes_b", "test_resume", "test_lora")
 
 
 def pytest_collection_modifyitems(items):
