@@ -518,7 +518,7 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
     """left: weights that did not come from the checkpoint, whose states start anew."""
     optimizer, held = run.optimizer, run.parallel.parts
     if stored["class"] != type(optimizer).__name__:
-        raise UsageError(f"{path}{os.sep}state.json is of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
+        raise UsageError(f"{path}{os.sep}state.json holds the state of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
                          f"saved with, or start a new run", 3)
     if not alike(stored["evaluates"], True):
         raise ValueError(f"impossible values: evaluates={stored['evaluates']!r:.100}")

@@ -399,7 +399,7 @@ def test_a_wrong_value_in_the_state_is_refused_or_does_no_harm(run, watch):
             elif is_harmless(path, old, new) or path == ("stream",) and isinstance(new, dict):      # of no use for data that is no stream
                 assert error is None, (path, new)
             else:
-                name = "state.json is of" if path == ("optimizer", "class") else "state.json"
+                name = "state.json holds the state of" if path == ("optimizer", "class") else "state.json"
                 assert refused(error, name), (path, new)
         if not unread:
             error = try_content(run, watch, "state.json", put(stored, path))

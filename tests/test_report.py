@@ -241,7 +241,7 @@ def test_every_unreadable_file_is_named(tmp_path):
     page = report(folder)
     for name in ("status.json", "checkpoint-1/args.json", "train_results.json", "eval_results.json", "samples.jsonl", "metrics.jsonl"):
         assert re.search(rf"<li>{folder}/{name} cannot be used: ", page), name
-    assert "manifest.json cannot be used" in page and "Nothing was logged yet" in page
+    assert "manifest.json is missing" in page and "Nothing was logged yet" in page
 
 
 def test_what_is_not_finite_is_a_gap_with_a_mark_and_updates_left_out_are_counted(tmp_path):
