@@ -337,7 +337,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         main([folder, "--out", str(tmp_path / "none" / "x.html")])
     assert error.value.exit_code == 5
     with pytest.raises(UsageError, match="9 runs were given"):
-        main([folder] * 9)
+        main([folder] * 10)
 
 
 def browse(path, *flags) -> str:

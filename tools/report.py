@@ -28,7 +28,7 @@ from rundir import check_files, holds_run, list_checkpoints, read_manifest
 from state import UsageError, run_main
 from storage import MAX_JSON_BYTES, alike, read_json, reading, show
 
-COLOURS = 8             # after Okabe and Ito 2008: they can be told apart by the colour-blind too
+COLOURS = 9             # after Okabe and Ito 2008: they can be told apart by the colour-blind too
 MAX_POINTS = 3000       # that are drawn of a curve
 MAX_MEANS = 300         # of a thinned curve
 MAX_PANELS = 60
@@ -477,9 +477,9 @@ def main(argv: list[str] | None = None) -> str:
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f8fa;--fg:#1b2430;--soft:#5a6673;--rule:#dde3e9;--bad:#b3001b;--warn:#fff4d6;
---c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9;--c6:#6b7280;--c7:#1b2430}
+--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9;--c6:#6b7280;--c7:#1b2430;--c8:#7a5230}
 @media(prefers-color-scheme:dark){:root{--bg:#12171d;--card:#1b222a;--fg:#e4e9ee;--soft:#9aa6b2;--rule:#2e3843;--bad:#ff7b72;--warn:#3a3115;
---c0:#4fa8e0;--c1:#f0813c;--c2:#2dbd92;--c3:#e3a0c6;--c4:#f2b632;--c5:#9ad3f5;--c6:#98a2ad;--c7:#e4e9ee}}
+--c0:#4fa8e0;--c1:#f0813c;--c2:#2dbd92;--c3:#e3a0c6;--c4:#f2b632;--c5:#9ad3f5;--c6:#98a2ad;--c7:#e4e9ee;--c8:#c49a6c}}
 *{box-sizing:border-box}body{margin:0 auto;padding:20px clamp(12px,3vw,40px);max-width:1720px;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
 h1{font-size:24px;margin:0 0 14px;overflow-wrap:anywhere}h2{font-size:18px;margin:30px 0 8px}h3,h4{margin:14px 0 4px;font-size:14px}h4{color:var(--soft);font-weight:500}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:12px}.card{background:var(--card);border-left:5px solid var(--c);border-radius:6px;padding:10px 16px}
