@@ -336,7 +336,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot be written") as error:
         main([folder, "--out", str(tmp_path / "none" / "x.html")])
     assert error.value.exit_code == 5
-    with pytest.raises(UsageError, match="9 runs were given"):
+    with pytest.raises(UsageError, match="10 runs were given"):
         main([folder] * 10)
 
 
