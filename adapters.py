@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from optim import HIDDEN
 from state import UsageError
 from storage import read_json, reading
 from zero import plain
 
 PEFT_PREFIX = "base_model.model."       # of every name in PEFT's files
-NUMBERED = re.compile(r"(?:^|\.)\d+\.")    # inside a numbered layer, such as blocks.0.up
 
 
 def adapt(model: nn.Module, args) -> None:
@@ -128,8 +128,17 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_transposed(module)}
+
+
+def uses_of(model: nn.Module) -> Counter[Tensor]:
+    """How many names each parameter has: a tied one several."""
+    return Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+
+
 def linear_ends(model: nn.Module) -> str:
-    ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_transposed(module)})
+    ends = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return f"its linear layers are called {', '.join(ends)}" if ends else "it has no linear layers"
 
 
@@ -139,18 +148,18 @@ def find_targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
         matches("", lora.target_modules or [])
     except re.error as error:
         raise UsageError(f"--lora_target_modules {lora.target_modules}: it is no regular expression: {error}") from None
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    linear = linear_layers(model)
     uncalled = {*getattr(model, "uncalled", ()), *(f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))}
     if lora.target_modules is None:
-        found = {name: module for name, module in linear.items() if NUMBERED.search(name) and name not in uncalled}
+        found = {name: module for name, module in linear.items() if HIDDEN.search(name) and name not in uncalled}
     else:
         found = {name: module for name, module in model.named_modules() if matches(name, lora.target_modules)}
     found = {name: module for name, module in found.items() if not is_saved_whole(name, lora)}
-    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    uses = uses_of(model)
     for name, module in found.items():
         problem = f"is a {type(module).__name__}, and adapters are for linear layers" if name not in linear else \
             "is not called in the forward pass, which uses its weight directly" if name in uncalled else \
-            "shares its weight with another layer" if uses.count(id(module.weight)) > 1 else ""
+            "shares its weight with another layer" if uses[module.weight] > 1 else ""
         if problem:
             raise UsageError(f"an adapter is wanted for {name}, which {problem}: name other layers by --lora_target_modules")
     if not found:
@@ -184,12 +193,12 @@ def add_lora(model: nn.Module, lora: Lora, base: str = "float") -> None:
 
 def train_whole(model: nn.Module, lora: Lora) -> None:
     """Has modules_to_save trained. UsageError for what an adapter's file could not bring back."""
-    names, uses = [name for name, _ in model.named_modules()], Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    names, uses = [name for name, _ in model.named_modules()], uses_of(model)
     if missing := [end for end in lora.modules_to_save or () if not any(name.endswith(end) for name in names)]:
         raise UsageError(f"--lora_modules_to_save: the model has no module with a name that ends in {', '.join(missing)}")
     whole = {name: model.get_submodule(name) for name in names if is_saved_whole(name, lora)}
     for name, module in whole.items():
-        if any(uses[id(p)] > 1 for p in module.parameters()):
+        if any(uses[p] > 1 for p in module.parameters()):
             raise UsageError(f"--lora_modules_to_save: {name} shares a weight with another module, which would be trained too: leave it away")
         module.requires_grad_(True)
     kept = {module for saved in whole.values() for module in saved.modules()}

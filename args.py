@@ -398,6 +398,7 @@ def seconds(hours: str) -> int:
 
 
 def changed_args(saved: dict, args: TrainArgs) -> list[tuple[str, Any, Any, bool]]:
-    """(flag, saved value, value now, whether it should not have changed) of each setting that another start was given."""
+    """(flag, saved value, value now, whether it should not have changed) of each setting that another start was given. A checkpoint that was
+    taken over from another trainer does not know all of them."""
     return [(f.name, saved.get(f.name), getattr(args, f.name), f.metadata["fixed"]) for f in dataclasses.fields(args)
-            if saved.get(f.name) != getattr(args, f.name) and f.name not in ("output_dir", "run_name", "resume_from_checkpoint", "allow_change", "disable_tqdm")]
+            if saved.get(f.name) != getattr(args, f.name) and (f.name in saved or "taken_over_from" not in saved) and f.name not in ("output_dir", "run_name", "resume_from_checkpoint", "allow_change", "disable_tqdm")]

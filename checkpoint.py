@@ -66,6 +66,7 @@ from world import rng_state, set_rng_state, set_seed
 from zero import ELEMENTWISE, Part, whole_parameters
 
 MAX_FILE_BYTES = 5 * 10**9      # of weights in one file
+PLANNED = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")      # of TrainState, for other trainers to go on by
 
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -215,12 +216,8 @@ def plan_manifest(step: int, only_model: bool, files: dict[str, dict]) -> FilePl
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's own weights by the names they have in files, whole or sharded. One with two names (tied) is kept under the first. Of a
     model with adapters: what is trained (adapters.py)."""
-    weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            weights[name] = tensor
-        seen.add(id(tensor))
+    tied = tied_names(model)
+    weights = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
     return adapter_weights(model, weights) if lora_of(model) else weights
 
 
@@ -269,7 +266,7 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
         # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
         optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None,
                      "groups": run.parallel.groups, "settings": [plain_settings(group) for group in run.optimizer.param_groups]}
-        planned = {name: getattr(run.state, name) for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")}
+        planned = {name: getattr(run.state, name) for name in PLANNED}
         more = run.state.global_step < run.state.max_steps       # then there is a next update, and this is its learning rate
         planned["learning_rate"] = run.schedule(run.state.global_step - run.state.skipped_steps) if more else run.state.learning_rate
         files |= plan_pretrained(run.model, run.processing_class)
@@ -363,8 +360,9 @@ def load_state(path: str | None, args, data: str) -> TrainState:
     if not args.trains and not adapted:
         return state        # nothing goes on
     with reading(path, "args.json"):
-        changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in known_changes(path, args) if fixed]
-        if "taken_over_from" in read_json(path, "args.json") and data.startswith(state.data):       # it knows the number of samples at most
+        saved = read_json(path, "args.json")
+        changes = [(f"--{name}", show(old), new, name) for name, old, new, fixed in changed_args(saved, args) if fixed]
+        if "taken_over_from" in saved and data.startswith(state.data):       # it knows the number of samples at most
             state.data = data
     if not args.trains:     # the base of adapters is in no checkpoint: it has to be the same
         base = {"model_name_or_path", "lora_base", "lora_adapter", *(() if args.model_name_or_path else ("seed",))}
@@ -378,12 +376,6 @@ def load_state(path: str | None, args, data: str) -> TrainState:
                          + ": it would go on as a different one. Give what it was trained with, or start a new run; to go on all the "
                          f"same, give --allow_change {','.join(dict.fromkeys(name for *_, name in changes))}")
     return state
-
-
-def known_changes(path: str, args) -> list[tuple]:
-    """What `changed_args` finds. A checkpoint that was taken over from another trainer does not know all settings."""
-    saved = read_json(path, "args.json")
-    return [change for change in changed_args(saved, args) if change[0] in saved or "taken_over_from" not in saved]
 
 
 def load_checkpoint(run: Run, path: str) -> None:
@@ -412,7 +404,7 @@ def load_checkpoint(run: Run, path: str) -> None:
             print(f"  ranks: {ranks} -> {run.world.world_size}; random numbers start anew from the seed")
         if (before := stored["state"]["samples_per_update"]) not in (0, run.state.samples_per_update):      # 0: not known
             print(f"  samples per update: {before} -> {run.state.samples_per_update}")
-        for name, old, new, _ in known_changes(path, run.args):
+        for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
             print(f"  --{name}: {show(old)} -> {new}")
     if ranks == run.world.world_size:
         with reading(path, f"rng-{run.world.rank}.json"):
@@ -466,7 +458,7 @@ def load_for_evaluation(run: Run, path: str) -> None:
     if run.world.is_main:
         print(f"weights of {path}")
         with reading(path, "args.json"):
-            for name, old, new, _ in known_changes(path, run.args):
+            for name, old, new, _ in changed_args(read_json(path, "args.json"), run.args):
                 if name in ("dataset", "dataset_config_name", "eval_dataset", "text_column", "block_size"):
                     print(f"note: it was trained with --{name} {show(old)}, and this is {new}: other data, and other blocks of it held out")
 

@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import misfits, model_weights, plain_settings, plan_manifest, read_plan, tied_names
+from checkpoint import PLANNED, misfits, model_weights, plain_settings, plan_manifest, read_plan, tied_names
 from optim import parameter_groups
 from rundir import holds_run, verify
 from state import TrainState, UsageError, run_main
 from storage import PLAIN_NAME, FilePlan, PartFiles, alike, plan_json, plan_tensors, read_json, reading, show, sync, write_file
 from tools.inspect import newest
 
-PLANNED = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 OURS = re.compile(r"(model|optimizer|ema|rng)(-.*)?\.(safetensors|json)|model\.safetensors\.index\.json|(state|args|manifest|config)\.json")
 BESIDE = re.compile(r"(?!trainer_state|model\.safetensors).*\.(json|txt|jinja|model)")      # configuration and tokenizer in a folder of the HF Trainer
 RNG = re.compile(r"rng_state(?:_(\d{1,6}))?\.pth")

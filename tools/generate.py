@@ -14,9 +14,10 @@ from adapters import Lora, add_lora
 from args import TrainArgs
 from checkpoint import load_model
 from model import GPT, Cache, build_model
-from rundir import list_checkpoints, verify
+from rundir import verify
 from state import UsageError, run_main
 from storage import PartFiles, read_json
+from tools.inspect import newest
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -30,8 +31,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--top_p", type=float, help="only the likeliest bytes that have this probability together")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
-    if steps := list_checkpoints(flags.checkpoint):       # the folder of a run: its newest
-        flags.checkpoint = os.path.join(flags.checkpoint, f"checkpoint-{steps[0]}")
+    flags.checkpoint = newest(flags.checkpoint)
     verify(flags.checkpoint)
     known = TrainArgs().to_dict().keys()
     args = TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known})

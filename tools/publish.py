@@ -27,6 +27,7 @@ from rundir import list_checkpoints, verify
 from state import UsageError, run_main
 from storage import PartFiles, read_json, reading, show
 from tools.corpora import PRETRAINED
+from tools.inspect import newest
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 NEEDED = {"config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 def choose(path: str, best: bool) -> str:
     """The checkpoint that is meant."""
     steps = list_checkpoints(path)
-    chosen = os.path.join(path, f"checkpoint-{steps[0]}") if steps else path
+    chosen = newest(path)
     if best:
         with reading(chosen, "state.json"):
             step = read_json(chosen, "state.json")["state"]["best_saved_step"]
