@@ -68,7 +68,7 @@ def distillation_loss(teacher: nn.Module, model: nn.Module, batch: dict) -> tupl
     return ALPHA * TEMPERATURE**2 * divergence + (1 - ALPHA) * cross_entropy(logits, batch["labels"]), logits
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     folder = parse_args(argv, FLAGS, __doc__).output_dir
 
     def accuracy(run) -> float:
@@ -81,7 +81,7 @@ def run(argv: list[str]):
     taught = train([*argv, "--output_dir", f"{folder}/teacher"], build_all, build_teacher, loss_fn=logits_loss, compute_metrics=Accuracy())
     alone = train([*argv, "--output_dir", f"{folder}/alone"], build_some, build_student, loss_fn=logits_loss, compute_metrics=Accuracy())
     teacher = taught.model.eval().requires_grad_(False)
-    return train(argv, build_some, build_student, loss_fn=partial(distillation_loss, teacher), compute_metrics=AccuracyBesideAlone())
+    return train(argv, build_some, build_student, loss_fn=partial(distillation_loss, teacher), compute_metrics=AccuracyBesideAlone(), **parts)
 
 
 if __name__ == "__main__":

@@ -65,13 +65,13 @@ class AccuracyBesideBayes(Accuracy):
         return {**super().compute(), "baseline": right / len(held_out)}
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     from transformers import AutoTokenizer
     name = parse_args(argv, FLAGS, __doc__).model_name_or_path
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(pretrained(name))
     return main(argv, lambda args: build_data(args, tokenizer), build_model, PaddingCollator(tokenizer.pad_token_id), logits_loss, AccuracyBesideBayes(),
-                preprocess_logits_for_metrics=likeliest, processing_class=tokenizer, flags=FLAGS, description=__doc__)
+                preprocess_logits_for_metrics=likeliest, processing_class=tokenizer, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

@@ -55,14 +55,14 @@ def build_model(args: TrainArgs):
     return model
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     from transformers import AutoTokenizer
     name = parse_args(argv, FLAGS, __doc__).model_name_or_path
     folder, options = source(name)
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     finished = main(argv, lambda args: build_data(args, tokenizer), build_model, CausalLMCollator(tokenizer.pad_token_id or 0), logits_loss,
-                    processing_class=tokenizer, flags=FLAGS, description=__doc__)
+                    processing_class=tokenizer, flags=FLAGS, description=__doc__, **parts)
     losses = [row for row in finished.state.log_history if "eval_loss" in row] if finished.args.trains else []
     if losses and losses[0]["step"] == 0:       # the baseline is the model as it came
         save_results(finished, "eval", {**losses[-1], "eval_baseline": losses[0]["eval_loss"]})

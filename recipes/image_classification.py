@@ -36,9 +36,9 @@ def build_model(args: TrainArgs):
         intermediate_size=128, initializer_range=0.1))     # so narrow a model learns slowly from the usual 0.02
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     return main(argv, build_data, build_model, loss_fn=logits_loss, compute_metrics=Accuracy(),
-                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__)
+                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

@@ -76,13 +76,13 @@ def projected(model: nn.Module, args: TrainArgs, **projection) -> list[dict]:
 OPTIMIZERS = {f.__name__: f for f in (adamw_8bit, schedule_free, galore, apollo)}
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return None
     if argv[0] not in OPTIMIZERS:
         raise UsageError(f"{argv[0]!r}: expected one of {', '.join(OPTIMIZERS)}, then the flags of train.py")
-    return main(argv[1:], make_optimizer=OPTIMIZERS[argv[0]])
+    return main(argv[1:], make_optimizer=OPTIMIZERS[argv[0]], **parts)
 
 
 if __name__ == "__main__":

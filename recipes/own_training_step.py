@@ -109,10 +109,10 @@ def build_data(args: TrainArgs) -> Data:
     return Data(*([{"input": image[None] / 255, "labels": digit} for image, digit in part] for part in digits()), "images of digits")
 
 
-def run(argv: list[str]):
+def run(argv: list[str], make_schedule=triangle, **parts):
     return main(argv, build_data, build_model, loss_fn=logits_loss, compute_metrics=Accuracy(),
                 preprocess_logits_for_metrics=likeliest, make_optimizer=Momentum,
-                make_schedule=triangle, train_step=sharpness_aware_step, flags=FLAGS, description=__doc__)
+                make_schedule=make_schedule, train_step=sharpness_aware_step, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

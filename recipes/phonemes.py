@@ -96,11 +96,11 @@ def baseline() -> float:
     return metric.compute()["error_rate"]
 
 
-def run(argv: list[str]):
+def run(argv: list[str], callbacks=(), **parts):
     collate = Seq2SeqCollator(Vocabulary.PAD, decoder_start_id=Vocabulary.START)
     return main(argv, build_data, build_model, collate, logits_loss,
                 Phonemes(end=Vocabulary.END, skip=Vocabulary.SPECIAL), speak, preprocess_logits_for_metrics=None,
-                callbacks=[GreedyWhileTraining()], flags=FLAGS, description=__doc__)
+                callbacks=[GreedyWhileTraining(), *callbacks], flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

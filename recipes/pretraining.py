@@ -51,11 +51,11 @@ class Bytes(Accuracy):
         return {"accuracy": accuracy, "baseline": -sum(count / sum(counts) * math.log(count / sum(counts)) for count in counts)}
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     args = parse_args(argv, FLAGS, __doc__)
     if args.dataset == FILES["--dataset"] and not os.path.exists(args.dataset):
         write_files(args)
-    return main(argv, loss_fn=logits_loss, compute_metrics=Bytes(), preprocess_logits_for_metrics=likeliest, flags=FLAGS)
+    return main(argv, loss_fn=logits_loss, compute_metrics=Bytes(), preprocess_logits_for_metrics=likeliest, flags=FLAGS, **parts)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,9 @@ class SpanMatchBesideFirst(SpanMatch):
         return {**super().compute(), "baseline": read()[3]}
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     return main(argv, build_data, build_model, PaddingCollator(Vocabulary.PAD), span_loss, SpanMatchBesideFirst(),
-                preprocess_logits_for_metrics=best_span, flags=FLAGS, description=__doc__)
+                preprocess_logits_for_metrics=best_span, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ class Dollars(Regression):
         return {**super().compute(), "baseline": ((x @ weights).exp() - y.exp()).abs().mean().item()}
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     return main(argv, build_data, build_model, loss_fn=squared_error, compute_metrics=Dollars(),
-                flags=FLAGS, description=__doc__)
+                flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,10 @@ def build_model(args: TrainArgs):
         initializer_range=0.1))     # so narrow a model learns slowly from the usual 0.02
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     collate = PaddingCollator(Vocabulary.PAD)
     return main(argv, build_data, build_model, collate, logits_loss, Accuracy(),
-                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__)
+                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

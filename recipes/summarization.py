@@ -85,10 +85,10 @@ def baseline() -> float:
     return metric.compute()["rouge_l"]
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     collate = Seq2SeqCollator(Vocabulary.PAD, decoder_start_id=Vocabulary.START)
     return main(argv, build_data, build_model, collate, logits_loss,
-                RougeBesideTemplate(**SPECIAL), summarize, flags=FLAGS, description=__doc__)
+                RougeBesideTemplate(**SPECIAL), summarize, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

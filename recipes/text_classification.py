@@ -46,10 +46,10 @@ def build_model(args: TrainArgs):
         max_position_embeddings=128, num_labels=2, hidden_dropout_prob=0.3))
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     collate = PaddingCollator(Vocabulary.PAD)
     return main(argv, build_data, build_model, collate, logits_loss, Accuracy(),
-                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__)
+                preprocess_logits_for_metrics=likeliest, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

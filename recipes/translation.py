@@ -73,10 +73,10 @@ class BleuBesideCopying(Bleu):
         return {**super().compute(), "baseline": copied.compute()["bleu"]}
 
 
-def run(argv: list[str]):
+def run(argv: list[str], **parts):
     collate = Seq2SeqCollator(Vocabulary.PAD, decoder_start_id=Vocabulary.START)
     return main(argv, build_data, build_model, collate, logits_loss,
-                BleuBesideCopying(**SPECIAL), translate, flags=FLAGS, description=__doc__)
+                BleuBesideCopying(**SPECIAL), translate, flags=FLAGS, description=__doc__, **parts)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def loss(model, batch):
     return (model(batch["input"]) - batch["labels"]).square().sum()
 
 
-def run(argv):
+def run(argv, callbacks=()):
     points = [{"input": x[None], "labels": 2 * x[None] - 1} for x in torch.linspace(-1, 1, 32)]
     return main(argv, lambda args: Data(points[::2], points[1::2], "a line"), lambda args: torch.nn.Linear(1, 1), loss_fn=loss,
-                callbacks=[Killer()], flags=FLAGS)
+                callbacks=[Killer(), *callbacks], flags=FLAGS)

@@ -31,7 +31,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import train
 from args import parse_args
 from callbacks import Callback
 from state import UsageError, run_main
@@ -71,7 +70,7 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--folder", required=True, help="of the sweep, with its trials as the runs trial-0, trial-1, ...; not on NFS")
     parser.add_argument("--trials", type=int, default=20, help="in all, those of earlier starts included [%(default)s]")
     parser.add_argument("--workers", type=int, default=1, help="trials that run at a time [%(default)s]")
-    parser.add_argument("--task", default="train", help="module with a function run(argv), as recipes.image_classification [%(default)s]")
+    parser.add_argument("--task", default="train", help="module with a function run(argv, **parts), as recipes.image_classification [%(default)s]")
     parser.add_argument("--metric", default="eval_loss", help="of evaluations [%(default)s]")
     parser.add_argument("--direction", choices=("minimize", "maximize"), default="minimize", help="[%(default)s]")
     parser.add_argument("--pruner", choices=PRUNERS, default="median", help="stops trials that are worse than the median, or not of the best quarter [%(default)s]")
@@ -92,7 +91,7 @@ def check(flags: argparse.Namespace, given: list[str]) -> argparse.Namespace:
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise UsageError(f"{flags.space} and --task {flags.task} have to be there: {error}") from None
     if "space" not in found or "run" not in task:
-        raise UsageError(f"{flags.space} needs a function space(trial), and --task {flags.task} a function run(argv): one is missing")
+        raise UsageError(f"{flags.space} needs a function space(trial), and --task {flags.task} a function run(argv, **parts): one is missing")
     import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     flags.suggest, defaults = found["space"], task.get("FLAGS", "")
@@ -254,12 +253,8 @@ def train_in_process(trial, words: list[str], log) -> int:
 
 def train_trial(channel: str, metric: str, pruned: str, task: str, *argv: str) -> None:
     """What a trial's process runs: the task's ordinary program, with one callback more."""
-    pruning, train_main = Pruning(socket.socket(fileno=int(channel)).makefile("rw"), metric, pruned == "True"), train.main
-
-    def main_with_pruning(*args, callbacks=(), **parts):
-        return train_main(*args, callbacks=[*callbacks, pruning], **parts)
-    train.main = main_with_pruning        # recipes, imported only now, take it from there, and few pass callbacks on
-    importlib.import_module(task).run(list(argv))
+    pruning = Pruning(socket.socket(fileno=int(channel)).makefile("rw"), metric, pruned == "True")
+    importlib.import_module(task).run(list(argv), callbacks=[pruning])
 
 
 class Pruning(Callback):
