@@ -153,8 +153,11 @@ class TrainArgs:
     report_to: str = arg("none", "who is told beside metrics.jsonl, with commas: tensorboard (in output_dir/tensorboard), wandb, mlflow")
     report_histograms: bool = arg(False, "tensorboard: at each log the weights and gradients too, as far as rank 0 holds them whole")
     report: bool = arg(False, "at the end of training write output_dir/report.html, as python -m tools.report does")
+    sample_prompt: str | None = arg(None, "after each evaluation while training let the built-in model continue this text, for metrics.jsonl, loggers and the report")
+    peak_flops: float | None = arg(None, "operations per second that the device of a rank could do: then logs have mfu, the share that the model made use of", 1, 1e21)
+    skip_memory_metrics: bool = arg(True, "False: results of training, evaluation and prediction tell what each stage did to memory, in bytes")
     profile: str | None = arg(None, "FIRST:LAST, updates of which a trace by torch.profiler is written to output_dir/profile, for Perfetto or Chrome")
-    disable_tqdm: bool | None = arg(None, "no progress bar (default: none where stderr is not a terminal)")
+    disable_tqdm: bool | None = arg(None, "no progress bars (default: bars on a terminal and in notebooks)")
 
     def __post_init__(self):
         """Paths may be Path objects and "True" may be True, as people write them in Python."""
@@ -176,6 +179,12 @@ class TrainArgs:
     @property
     def needs_held_out(self) -> bool:
         return self.do_eval or self.trains and (self.eval_strategy != "no" or self.eval_on_start)
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether this process has progress bars: on rank 0, on a terminal or in a notebook, unless --disable_tqdm says it."""
+        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        return os.environ.get("RANK", "0") == "0" and (watched if self.disable_tqdm is None else not self.disable_tqdm)
 
     @property
     def allowed(self) -> list[str]:
@@ -355,9 +364,9 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
                         ("ddp_find_unused_parameters", a.ddp_find_unused_parameters or not split)):
         need(f"{name} strategy", value, f"--{name} does nothing with --strategy {a.strategy}: leave it away")
     for name, used in (("save_strategy", a.save_strategy == "best"), ("load_best_model_at_end", a.load_best_model_at_end),
-                       ("early_stopping_patience", a.early_stopping_patience is not None)):
+                       ("early_stopping_patience", a.early_stopping_patience is not None), ("sample_prompt", a.sample_prompt is not None)):
         need(f"{name} eval_strategy", not used or not a.trains or a.eval_strategy != "no",
-             f"--{name} {getattr(a, name)} needs evaluations to compare: give --eval_strategy steps or epoch")
+             f"--{name} {getattr(a, name)} needs evaluations: give --eval_strategy steps or epoch")
     if a.load_best_model_at_end and a.trains and a.eval_strategy != "no" and a.save_strategy != "best":
         need("save_strategy eval_strategy", a.save_strategy == a.eval_strategy, f"--load_best_model_at_end needs a checkpoint of each evaluation: "
              f"--save_strategy {a.save_strategy} must be {a.eval_strategy} as --eval_strategy, or best")
@@ -373,6 +382,7 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
     need("report_histograms report_to", not a.report_histograms or "tensorboard" in a.reports, "--report_histograms needs --report_to tensorboard")
     need("profile", a.profile is None or re.fullmatch(r"\d{1,12}:\d{1,12}", a.profile) is not None and 1 <= int(a.profile.split(":")[0]) <= int(a.profile.split(":")[1]),
          f"profile={a.profile}: expected the first and the last update of the trace, as 10:12")
+    need("skip_memory_metrics", a.skip_memory_metrics or os.path.exists("/proc/self/clear_refs"), "--skip_memory_metrics False needs Linux: peaks come from /proc")
     need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
     fixed = [f.name for f in dataclasses.fields(a) if f.metadata["fixed"]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import NoneType
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from distributed import local_part
 from state import Run, UsageError
@@ -44,7 +44,7 @@ AGREED_AFTER = ("on_train_begin", "on_epoch_begin", "on_step_end", "on_epoch_end
 
 class Callback:
     """Override the events you want. Every event gets (args, state, control, **kwargs), with kwargs model, optimizer,
-    lr_scheduler (the schedule function), train_dataloader, eval_dataloader, and logs or metrics where there are some. `state`
+    lr_scheduler (the schedule function), processing_class, train_dataloader, eval_dataloader, run, and logs or metrics where there are some. `state`
     gives what a checkpoint should keep of this callback, JSON values under "attributes"; they are set on resume."""
 
     def on_init_end(self, args, state, control, **kwargs): pass
@@ -72,7 +72,7 @@ class Callbacks:
             method = getattr(callback, event, None)
             if method is not None:
                 changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
-                                 lr_scheduler=run.schedule, processing_class=run.processing_class, **self.dataloaders, **kwargs)
+                                 lr_scheduler=run.schedule, processing_class=run.processing_class, run=run, **self.dataloaders, **kwargs)
                 vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
         if event in AGREED_AFTER:
             *flags, self.control.stop_code = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.stop_code)
@@ -275,10 +275,10 @@ class ProfileCallback(Callback):
 
 
 class ProgressCallback(Callback):
-    """A bar with loss, learning rate and speed; where there is no terminal, one line per log. Rank 0 only."""
+    """A bar with loss, learning rate and speed, or one line per log. Rank 0 only."""
 
-    def __init__(self, disable_tqdm: bool | None = None):
-        self.disable = not sys.stderr.isatty() if disable_tqdm is None else disable_tqdm
+    def __init__(self, bars: bool):
+        self.disable = not bars
         self.bar = self.eval_bar = tqdm(disable=True)       # as a bar is after close(): calling it does nothing
         self.warned = False
 
@@ -293,7 +293,8 @@ class ProgressCallback(Callback):
         if not self.warned and logs.get("time_data", 0) > max(0.2 * step_s, 1e-3):
             self.warned = True
             self.write(f"note: the training data takes {logs['time_data'] / step_s:.0%} of the time of an update: raise --dataloader_num_workers, or make samples faster")
-        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {show(v)}" for k, v in logs.items() if not k.startswith(("time_", "memory_")))
+        shown = sorted(((k, v) for k, v in logs.items() if not k.startswith(("time_", "memory_"))), key=lambda item: isinstance(item[1], str))      # text last
+        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {show(v)}" for k, v in shown)
         if "loss" in logs and not self.bar.disable:
             self.bar.set_postfix_str(f"loss {show(logs['loss'])} norm {show(logs['grad_norm'])} lr {show(logs['learning_rate'])} "
                                      f"{show(logs['tokens_per_second'])} tokens/s")

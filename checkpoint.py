@@ -39,6 +39,7 @@ from types import NoneType
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from adapters import Lora, adapter_weights, lora_of
 from args import changed_args
@@ -144,13 +145,15 @@ class Saver:
                 self.commit()
 
     def write(self, files: dict[str, FilePlan]) -> None:
-        for name, plan in files.items():
-            try:
-                described = write_file(os.path.join(self.tmp, name), plan)
-            except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} (this rank writes {sum(plan.size for plan in files.values()):,} bytes)", name) from None
-            if not plan.shared:
-                self.described[name] = described
+        total = sum(plan.size for plan in files.values())
+        with tqdm(total=total, desc=f"save checkpoint-{self.step}", unit="B", unit_scale=True, leave=False, delay=1, disable=not self.run.args.shows_bars) as bar:
+            for name, plan in files.items():
+                try:
+                    described = write_file(os.path.join(self.tmp, name), plan, bar.update)
+                except OSError as error:
+                    raise OSError(error.errno, f"{error.strerror} (this rank writes {total:,} bytes)", name) from None
+                if not plan.shared:
+                    self.described[name] = described
 
     def describe_shared(self, files: dict[str, FilePlan]) -> None:
         """What several ranks have written is hashed by one, when all are done."""

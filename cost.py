@@ -54,6 +54,42 @@ class Clock:
         return seconds
 
 
+class Memory:
+    """What each stage of a program (init, train, eval, test) does to the memory of this process and its accelerator, in bytes, by the names
+    of the HF Trainer's memory metrics: alloc_delta is held at its end and was not before, peaked_delta was held for a time beyond
+    that. A stage restarts the peak, that of `memory` too."""
+
+    def __init__(self, device: torch.device = torch.device("cpu"), on: bool = False):      # noqa: B008
+        self.device, self.on, self.stage = device, on, ""
+        self.found: dict[str, int] = {f"before_init_mem_{what}": now for what, (now, _) in self.held().items()} if on else {}
+        self.start("init")
+
+    def held(self) -> dict[str, tuple[int, int]]:
+        """(bytes now, the most since the peak was restarted) of the process, and of its accelerator."""
+        with open("/proc/self/status") as file:
+            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file if line.startswith(("VmRSS", "VmHWM"))}
+        host = {"cpu": (kilobytes["VmRSS"] * 1024, kilobytes["VmHWM"] * 1024)}
+        return host if self.device.type == "cpu" else {**host, "gpu": (torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device))}
+
+    def start(self, stage: str) -> None:
+        """Ends the stage before, if there is one."""
+        if not self.on:
+            return
+        for what, (now, peak) in self.held().items() if self.stage else ():
+            self.found |= {f"{self.stage}_mem_{what}_alloc_delta": now - self.began[what][0], f"{self.stage}_mem_{what}_peaked_delta": max(0, peak - now)}
+        self.stage, self.began = stage, self.held()
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")     # restarts VmHWM: proc(5)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def read(self) -> dict[str, int]:
+        """Ends the stage; what was found since the last call. Nothing if it is off."""
+        self.start("")
+        found, self.found = self.found, {}
+        return found
+
+
 def memory(device: torch.device) -> dict[str, float]:
     """The most memory that this process, and its accelerator, have held so far, in megabytes."""
     host = {"memory_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}       # Linux counts in kilobytes

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from args import TrainArgs
 from collators import IGNORE
@@ -123,7 +124,8 @@ def build_data(args: TrainArgs) -> Data:
     by_hash, eval_name = args.eval_dataset is None, args.eval_dataset or args.dataset     # by_hash: blocks of --dataset are held out
 
     def text(name: str) -> bytes:
-        return b"".join(documents(read_rows(name, args), args.text_column))
+        rows = read_rows(name, args)
+        return b"".join(tqdm(documents(rows, args.text_column), f"read {name}", len(rows), unit="row", leave=False, delay=1, disable=not args.shows_bars))
     test = None
     if args.test_dataset is not None:
         tokens = to_tokens(text(args.test_dataset))
@@ -208,7 +210,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".pa
 def read_rows(name: str, args: TrainArgs):
     """Rows of files or of a named data set, through `datasets.load_dataset`. With --dataset_config_name a folder is a data set."""
     files = None if args.dataset_config_name is not None and os.path.isdir(name) else find_files(name)
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", str(int(not args.shows_bars)))
     import datasets  # 0.6 s and 250 MB, so only where it is asked for
     if files is None:
         path, options = name, {"name": args.dataset_config_name}

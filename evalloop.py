@@ -108,6 +108,8 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
     """The loop of both. files: for predictions, of which then those without labels have neither loss nor metrics."""
     start, world, predicts = time.perf_counter(), run.world, files is not None
     check_metrics(compute_metrics)
+    if stage := not (trial or run.state.in_training):
+        world.memory.start(prefix)
     streams = hasattr(compute_metrics, "update")
     if compute_metrics is not None and not streams and files is None:      # a function gets all of them at once
         files = PredictionFiles(world, os.path.join(run.args.output_dir, f"tmp-{prefix}"))
@@ -165,7 +167,7 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
                 return {}       # one round may be too little for it
             metrics |= named_numbers(found, prefix)
     seconds = time.perf_counter() - start
-    metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds, f"{prefix}_steps_per_second": num_batches / seconds}
+    metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds, f"{prefix}_steps_per_second": num_batches / seconds, **(world.memory.read() if stage else {})}
     return world.gather_json(metrics)[0]        # what a rank has drawn or timed must not make it decide alone
 
 

@@ -230,6 +230,7 @@ class Meter:
         self.updates: list[Update] = []         # since the last `collect`
         self.began = time.perf_counter()
         run.world.clock.read()      # what came before is no training
+        run.world.memory.start("train")
         self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
         self.since_step, self.since_tokens = self.first_step, run.state.num_input_tokens_seen       # the last log of this start
         self.saver = Saver(run)
@@ -251,7 +252,7 @@ class Meter:
     def row(self) -> dict:
         """The log of the updates since the last log: their mean loss, the last one's gradient norm and learning rate."""
         self.collect()
-        state, spent = self.run.state, self.run.world.clock.read()
+        args, state, spent = self.run.args, self.run.state, self.run.world.clock.read()
         losses, tokens, updates = state.recent_losses, state.num_input_tokens_seen - self.since_tokens, state.global_step - self.since_step
         training = sum(seconds for part, seconds in spent.items() if part not in ("evaluate", "save"))
         row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm, "learning_rate": state.learning_rate,
@@ -260,6 +261,9 @@ class Meter:
             if count := getattr(state, name) - getattr(state, f"recent_{name}"):
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
+        if args.peak_flops is not None:       # recomputed operations are counted too, so it is the hardware's use then (Chowdhery et al. 2022, appendix B)
+            used = state.flops_per_token * tokens / training / (args.peak_flops * self.run.world.world_size)
+            row["hfu" if args.activation_checkpointing else "mfu"] = used or None       # of data without input_ids it is not known
         row |= {f"time_{part}": seconds / max(updates, 1) for part, seconds in spent.items()} | memory(self.run.world.device)
         losses.clear()
         state.last_logged_step = self.since_step = state.global_step
@@ -294,7 +298,7 @@ class Meter:
         state.total_flos = state.num_input_tokens_seen * 6.0 * sum(p.numel() for p in model.parameters() if p not in embeddings)
         return {"train_runtime": seconds, "train_samples_per_second": (state.total_samples - self.first_sample) / seconds,
                 "train_steps_per_second": (state.global_step - self.first_step) / seconds,
-                "total_flos": state.total_flos, "train_loss": state.total_loss / max(state.num_losses, 1)}
+                "total_flos": state.total_flos, "train_loss": state.total_loss / max(state.num_losses, 1), **self.run.world.memory.read()}
 
 
 def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -> None:

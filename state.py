@@ -90,6 +90,7 @@ class TrainState:
     trial_name: str | None = runtime(default=None)
     trial_params: dict | None = runtime(default=None)       # noqa: RUF009
     log_path: str = runtime(default="")
+    flops_per_token: float = runtime(default=0.0)     # forward and backward, with --peak_flops
     in_training: bool = runtime(default=False)       # train() is at work
     finished: bool = runtime(default=False)         # nothing was left to do when this start found the run
 
@@ -120,7 +121,7 @@ class Update(NamedTuple):
     finite: torch.Tensor       # () bool: neither loss nor gradient is NaN or infinite
 
 
-@dataclass
+@dataclass(repr=False)      # it would be pages of weights in a notebook
 class Run:
     """Everything a training run works on. Functions that need one or two of these take those instead."""
 

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -70,9 +70,9 @@ def create_file(path: str, plan: FilePlan) -> None:
         os.truncate(descriptor, plan.size)
 
 
-def write_file(path: str, plan: FilePlan) -> dict:
+def write_file(path: str, plan: FilePlan, wrote: Callable[[int], object] = lambda size: None) -> dict:
     """Writes a file, or this rank's tensors into a shared one, and forces it to the disk. Returns its size and SHA-256, which
-    is worked out beside the writing; of a shared one it means nothing."""
+    is worked out beside the writing; of a shared one it means nothing. wrote: is told of each piece how many bytes it has."""
     digest = hashlib.sha256()
     with opened(path, os.O_WRONLY | (0 if plan.shared else os.O_CREAT | os.O_EXCL)) as descriptor, ThreadPoolExecutor(1) as beside:
         parts = [] if plan.shared else [(0, memoryview(plan.header))]
@@ -84,6 +84,7 @@ def write_file(path: str, plan: FilePlan) -> dict:
                 write_at(descriptor, chunk, position + start)
                 if hashing is not None:
                     hashing.result()
+                wrote(len(chunk))
         os.fsync(descriptor)
     return {"bytes": plan.size, "sha256": digest.hexdigest()}
 

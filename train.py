@@ -22,11 +22,11 @@ from loss import compute_loss
 from model import GPT, build_model
 from optim import EMA, build_optimizer
 from precision import Precision
-from rundir import find_checkpoint, find_damage, is_of_hf_trainer
+from rundir import find_checkpoint, is_of_hf_trainer
 from schedules import build_schedule, notice
 from state import Run, UsageError, run_main
 from storage import reading
-from world import World, open_world, set_seed
+from world import World, open_world, print0, set_seed
 
 
 def main(argv: list[str] | None = None, build_data=build_data, build_model=build_model, collate=default_collator, loss_fn=compute_loss,
@@ -91,7 +91,8 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
     collate = collate or default_collator
     train_loader = make_loader(args, world, model, train_set, collate, train=True) if args.trains else None
     eval_loader = make_loader(args, world, model, eval_set, collate)
-    if args.trains and checkpoint is not None:
+    if args.trains and checkpoint is not None and world.gather_json(is_of_hf_trainer(checkpoint))[0]:
+        from tools.convert import take_over
         checkpoint = take_over(args, world, model, train_loader, checkpoint)
     state = load_state(checkpoint, args, train_loader.identity if args.trains else "")
     if args.trains:
@@ -104,12 +105,6 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
         plan(args, state, train_loader)
         state.log_path = os.path.join(args.output_dir, "metrics.jsonl")
     state.is_world_process_zero, state.is_local_process_zero = world.is_main, world.local_rank == 0
-    watching = [ProgressCallback(args.disable_tqdm)] if world.is_main else []   # printing is rank 0's
-    watching += build_reports(args) if world.is_main else []
-    watching += [ProfileCallback(*map(int, args.profile.split(":")), world.rank)] if args.profile else []
-    watching += [CheckReplicas(world, args.check_replicas)] if args.check_replicas else []
-    if args.early_stopping_patience is not None:
-        watching.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     if args.label_smoothing_factor and getattr(model, "label_smoothing", None) != args.label_smoothing_factor:
         raise UsageError("--label_smoothing_factor is for the built-in model: give your loss function's cross_entropy the smoothing instead")
     if unused := notice(args):
@@ -124,7 +119,7 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
         raise UsageError(f"{type(optimizer).__name__} makes the weights to evaluate out of its state, which --save_only_model leaves out: leave it away")
     parallel.shard(optimizer)                                 # zero.py        from here on it trains this rank's parts
     schedule = make_schedule(args, state.max_steps)           # schedules.py   <- your learning rate
-    run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*watching, *callbacks]),
+    run = Run(args, world, model, parallel, optimizer, schedule, precision, state, Callbacks([*build_callbacks(args, world), *callbacks]),
               None if args.ema_decay is None else EMA(parallel.parts, args.ema_decay), processing_class)
     set_seed(args.seed + world.rank)                          # dropout differs over ranks
     if args.lora_adapter is not None and checkpoint is None:
@@ -137,28 +132,6 @@ def assemble(args: TrainArgs, world: World, model: torch.nn.Module, train_set, e
         run.callbacks.open_log(run)
     run.callbacks.fire("on_init_end", run)
     return run, train_loader, eval_loader
-
-
-def take_over(args: TrainArgs, world: World, model: torch.nn.Module, loader: Loader, checkpoint: str) -> str:
-    """Makes a checkpoint of ours in output_dir out of one of the HF Trainer; any other path is as it was."""
-    if not world.gather_json(is_of_hf_trainer(checkpoint))[0]:
-        return checkpoint
-    if loader.num_samples is None:
-        raise UsageError(f"--resume_from_checkpoint {checkpoint} is of the HF Trainer, and does not tell a place in a stream: train on data with a length")
-    from tools.convert import from_hf
-    name = ""
-    with world.writing(args.output_dir):
-        if world.writes:
-            name = os.path.basename(from_hf(checkpoint, args.output_dir, model, loader.num_samples, args.dataloader_drop_last,
-                                            partly="weights" in args.allowed))
-    made = os.path.join(args.output_dir, world.gather_json(name)[0])
-    print0(world, f"{checkpoint} is of the HF Trainer: taken over as {made}")
-    if args.train_sampling_strategy == "group_by_length":
-        print0(world, "note: the HF Trainer draws the order of group_by_length in another way; some samples of the epoch under way may come twice, others not")
-    problem, _ = find_damage(made, world, args.save_on_each_node)
-    if problem is not None:
-        raise UsageError(f"{made}: {problem}", 3)
-    return made
 
 
 def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, collate, train: bool = False) -> Loader | dict | None:
@@ -179,12 +152,26 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
                   pin_memory=args.dataloader_pin_memory and world.device.type == "cuda")
 
 
-def build_reports(args: TrainArgs) -> list[Callback]:
-    """The loggers of --report_to."""
-    if {"wandb", "mlflow"} & set(args.reports):
-        from recipes.loggers import MlflowCallback, WandbCallback
-    return [TensorBoardCallback(args.report_histograms) if name == "tensorboard" else WandbCallback() if name == "wandb" else MlflowCallback()
-            for name in args.reports]
+def build_callbacks(args: TrainArgs, world: World) -> list[Callback]:
+    """Those that flags ask for; what only a flag needs is imported with it."""
+    built = [ProgressCallback(args.shows_bars)] if world.is_main else []        # printing is rank 0's
+    for name in args.reports if world.is_main else ():
+        if name != "tensorboard":
+            from recipes.loggers import MlflowCallback, WandbCallback
+        built.append(TensorBoardCallback(args.report_histograms) if name == "tensorboard" else WandbCallback() if name == "wandb" else MlflowCallback())
+    if args.profile:
+        built.append(ProfileCallback(*map(int, args.profile.split(":")), world.rank))
+    if args.peak_flops is not None:
+        from tools.flops import FlopsCallback
+        built.append(FlopsCallback())
+    if args.sample_prompt is not None:
+        from tools.generate import SampleCallback
+        built.append(SampleCallback(args.sample_prompt))
+    if args.check_replicas:
+        built.append(CheckReplicas(world, args.check_replicas))
+    if args.early_stopping_patience is not None:
+        built.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+    return built
 
 
 def refuse_flags(args: TrainArgs, data_of_task, model_of_task, flags: str) -> None:
@@ -192,14 +179,9 @@ def refuse_flags(args: TrainArgs, data_of_task, model_of_task, flags: str) -> No
     that the task's own flags have."""
     default = TrainArgs()
     for names, used, what in ((("dataset", "dataset_config_name", "eval_dataset", "test_dataset", "text_column", "streaming"), data_of_task is build_data, "data"),
-                              (("model_name_or_path", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"), model_of_task is build_model, "model")):
+                              (("model_name_or_path", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "sample_prompt"), model_of_task is build_model, "model")):
         if given := [f"--{name}" for name in names if not used and f"--{name}" not in flags.split() and getattr(args, name) != getattr(default, name)]:
             raise UsageError(f"{', '.join(given)}: this task has its own {what}, which {'they do' if len(given) > 1 else 'it does'} not change")
-
-
-def print0(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, flush=True)
 
 
 def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, about: str) -> None:

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cost import Clock
+from cost import Clock, Memory
 from state import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class World:
     status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None, "started": time.time()})
     on_exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)     # what is to be undone when the world is closed
     clock: Clock = field(default_factory=Clock)
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def is_main(self) -> bool:
@@ -167,7 +168,8 @@ def open_world(args) -> Iterator[World]:
         torch.use_deterministic_algorithms(True)
     with contextlib.ExitStack() as on_exit, joined(args, rank, world_size, cuda):
         world = World(rank, local_rank, world_size, device, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-                      node=int(os.environ.get("GROUP_RANK", "0")), writes=rank == 0 or args.save_on_each_node and local_rank == 0, on_exit=on_exit)
+                      node=int(os.environ.get("GROUP_RANK", "0")), writes=rank == 0 or args.save_on_each_node and local_rank == 0, on_exit=on_exit,
+                      memory=Memory(device, not args.skip_memory_metrics))
         check_same_start(world, args)
         yield dataclasses.replace(world, device_mesh=open_mesh(args, rank, world_size, device) if world_size > 1 else None)
 
@@ -259,6 +261,11 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
            f"than --ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \
            "only some ranks run, with fsdp also for blocks of the model"
     return UsageError(f"rank {rank} lost touch in {name} ({line}): {what}. {str(error).splitlines()[0][:160]}", 6)
+
+
+def print0(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
 
 
 def set_seed(seed: int) -> None:

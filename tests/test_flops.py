@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from loss import compute_loss
-from tests.toy import LENGTH, VOCAB, arguments, gpt, run_training, sequences
+from tests.toy import LENGTH, VOCAB, arguments, gpt, rows, run_training, sequences
 from tools.flops import count_flops, main
 
 
@@ -36,3 +36,36 @@ def test_use_of_a_stated_peak_is_speed_times_operations(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--run", str(tmp_path), "--peak", "1e9"]) == flops
     assert f"{flops * speed / 1e9:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ranks_wanted", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "zero2"), (2, "fsdp")])
+def test_logs_tell_the_share_of_a_stated_peak(ranks_wanted, strategy, ranks, tmp_path):
+    found = ranks.run(ranks_wanted, used, tmp_path, strategy)
+    assert found == [by_hand(2, 16, LENGTH, VOCAB)] * ranks_wanted
+    for row in [row for row in rows(tmp_path) if "loss" in row]:
+        assert row["mfu"] == pytest.approx(found[0] * row["tokens_per_second"] / (1e9 * ranks_wanted))
+
+
+def used(output_dir, strategy):
+    args = arguments(output_dir, strategy=strategy, optim="muon", max_steps=4, gradient_accumulation_steps=2, logging_steps=2, peak_flops=1e9)
+    return run_training(args, model=gpt(), train_set=sequences(11)).state.flops_per_token
+
+
+def test_what_is_computed_again_is_not_taken_for_the_models_use(tmp_path):
+    args = arguments(tmp_path, max_steps=2, peak_flops=1e9, activation_checkpointing=True)
+    done = run_training(args, model=gpt())
+    assert done.state.flops_per_token > by_hand(2, 16, LENGTH, VOCAB) and all("hfu" in row and "mfu" not in row for row in rows(tmp_path) if "loss" in row)
+
+
+def test_where_no_tokens_are_counted_the_share_is_not_guessed(tmp_path):
+    points = [{"x": torch.randn(3), "labels": torch.randn(())} for _ in range(4)]
+    args = arguments(tmp_path, max_steps=1, peak_flops=1e9)
+    run_training(args, lambda model, batch: (model(batch["x"])[:, 0] - batch["labels"]).square().sum(), model=torch.nn.Linear(3, 1), train_set=points)
+    assert rows(tmp_path)[0]["mfu"] is None
+
+
+def test_a_model_that_is_compiled_still_is_when_it_was_counted(tmp_path):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    args = arguments(tmp_path, max_steps=3, peak_flops=1e9, torch_compile=True, torch_compile_backend="eager")
+    assert run_training(args, model=gpt()).state.flops_per_token == by_hand(2, 16, LENGTH, VOCAB) and counters["frames"]["ok"] > 0

@@ -212,8 +212,7 @@ def test_no_text_of_a_run_becomes_markup_and_the_page_asks_for_nothing(tmp_path)
                {f"sample{HOSTILE}": HOSTILE, "step": 2}, {"step": HOSTILE}]
     page = report(write_run(
         tmp_path / "a<b>&", hostile, {HOSTILE: HOSTILE, "metric_for_best_model": HOSTILE}, {"state": HOSTILE, "reason": HOSTILE, HOSTILE: [HOSTILE]},
-        **{"train_results__json": json.dumps({HOSTILE: HOSTILE}), f"{HOSTILE.replace('/', '')[:-1]}_results__json": "{}"},
-        samples__jsonl=json.dumps({HOSTILE: HOSTILE, "step": HOSTILE}) + "\n"))
+        **{"train_results__json": json.dumps({HOSTILE: HOSTILE}), f"{HOSTILE.replace('/', '')[:-1]}_results__json": "{}"}))
     markup = Markup(page)
     assert html.escape(HOSTILE[:-1]) + "\\ud800" in page and markup.names <= known.names and markup.scripts == 1
     assert not {name.partition(" ")[2] for name in markup.names} & {"src", "href", "srcset", "onerror", "onload", "action"}
@@ -232,14 +231,13 @@ def test_a_torn_last_line_does_not_matter_and_other_odd_lines_are_named(tmp_path
 
 
 def test_every_unreadable_file_is_named(tmp_path):
-    folder = write_run(tmp_path / "run", LOGGED, {}, train_results__json="[]", eval_results__json="{", samples__jsonl="")
+    folder = write_run(tmp_path / "run", LOGGED, {}, train_results__json="[]", eval_results__json="{")
     (tmp_path / "run" / "status.json").write_text('{"state": "running", "started": 1e300}')
     (tmp_path / "run" / "checkpoint-1" / "args.json").write_bytes(b"\xff")
-    for name in ("samples.jsonl", "metrics.jsonl"):
-        os.remove(os.path.join(folder, name))
-        os.mkfifo(os.path.join(folder, name))       # opening it would wait for ever
+    os.remove(os.path.join(folder, "metrics.jsonl"))
+    os.mkfifo(os.path.join(folder, "metrics.jsonl"))       # opening it would wait for ever
     page = report(folder)
-    for name in ("status.json", "checkpoint-1/args.json", "train_results.json", "eval_results.json", "samples.jsonl", "metrics.jsonl"):
+    for name in ("status.json", "checkpoint-1/args.json", "train_results.json", "eval_results.json", "metrics.jsonl"):
         assert re.search(rf"<li>{folder}/{name} cannot be used: ", page), name
     assert "manifest.json is missing" in page and "Nothing was logged yet" in page
 
@@ -311,7 +309,7 @@ def test_parts_of_the_time_are_stacked(tmp_path):
 def test_the_newest_samples_are_shown_and_their_number_is_told(tmp_path):
     page = report(write_run(tmp_path / "run", [{"sample": f"text {n} of rows", "step": n} for n in range(30)]))
     assert f"the last {MAX_SAMPLES} of 30" in page and re.findall(r"text (\d+) of rows", page) == [str(n) for n in range(30 - MAX_SAMPLES, 30)]
-    assert "… (cut)" in report(write_run(tmp_path / "long", [], samples__jsonl=json.dumps({"text": "x" * 5000}) + "\n"))
+    assert "… (cut)" in report(write_run(tmp_path / "long", [{"sample": "x" * 5000, "step": 1}]))
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-249, 1e249], [5e-324, 1.0], [5.0, 5.0], [-1e249, 1e249], [-1e308, 0.0, 1e308], [1e15, 1e15 + 2], [math.nan], [1e-5, 3.0], [-3.0, -2.0]])

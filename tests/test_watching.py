@@ -4,14 +4,22 @@ import os
 import time
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import torch
 
 from callbacks import Callback, ProgressCallback
-from cost import PARTS, Clock
+from cost import PARTS, Clock, Memory
+from evalloop import evaluate, evaluating
+from loop import train
+from loss import compute_loss
 from state import UsageError
+from storage import plan_tensors, write_file
 from tests.test_resume import cut
-from tests.toy import arguments, gpt, rows, run_training, sequences, timeless, train_and
+from tests.toy import arguments, gpt, rows, run_training, sequences, timeless, toy_run, train_and
+from tools.generate import write
+from tools.report import main as report
 
 
 def test_the_parts_of_a_clock_add_up_to_all_of_the_time():
@@ -71,12 +79,14 @@ def test_tensorboard_shows_the_rows_once_after_a_kill_too(tmp_path):
 
 
 def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     watched(tmp_path / "whole", report_to="wandb")
+    wandb.teardown()        # its service may still be writing
     cut(tmp_path / "whole", tmp_path / "killed", 4)
     watched(tmp_path / "killed", "True", report_to="wandb")
+    wandb.teardown()
     runs = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "killed/wandb").glob("offline-run-*"))
     assert len(runs) == 2 and len(set(runs)) == 1
     assert all(path.stat().st_size > 500 for path in (tmp_path / "killed/wandb").glob("offline-run-*/*.wandb"))
@@ -121,7 +131,7 @@ class Lines(Callback):
     """The progress lines, which runs of tests are without."""
 
     def __init__(self):
-        self.lines = ProgressCallback(disable_tqdm=True)
+        self.lines = ProgressCallback(bars=False)
 
     def on_log(self, *args, **kwargs):
         self.lines.on_log(*args, **kwargs)
@@ -143,8 +153,72 @@ def test_loggers_of_transformers_run_here_as_they_are(name, tmp_path, monkeypatc
         assert any(str(logged[0]["loss"]) in path.read_text() for path in (tmp_path / "mlruns").rglob("metrics/*loss"))
 
 
+def test_stages_tell_what_they_did_to_memory():
+    memory, megabyte = Memory(on=True), 2**20
+    kept = bytearray(b"x") * (64 * megabyte)
+    memory.start("train")
+    assert len(bytearray(b"x") * (96 * megabyte)) == 96 * megabyte
+    found = memory.read()
+    assert found["before_init_mem_cpu"] > 0 and 60 * megabyte < found["init_mem_cpu_alloc_delta"] < 70 * megabyte and found["init_mem_cpu_peaked_delta"] < 8 * megabyte
+    assert abs(found["train_mem_cpu_alloc_delta"]) < 8 * megabyte and 90 * megabyte < found["train_mem_cpu_peaked_delta"] < 104 * megabyte
+    assert len(kept) and memory.read() == {} == Memory().read()
+
+
+def test_results_tell_the_memory_of_their_stage_once(tmp_path):
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", skip_memory_metrics=False)
+    with toy_run(args, eval_set=sequences(3)) as (run, train_loader, eval_loader):
+        told = train(run, train_loader, eval_loader, compute_loss)
+        later = evaluate(run, eval_loader, compute_loss)
+    assert {key.split("_mem_")[0] for key in told if "_mem_" in key} == {"before_init", "init", "train"}
+    assert {key.split("_mem_")[0] for key in later if "_mem_" in key} == {"eval"}
+    assert not any("_mem_" in key for row in rows(tmp_path)[:-2] for key in row)
+
+
+@pytest.mark.parametrize(("ranks_wanted", "strategy"), [(1, "ddp"), (2, "fsdp")])
+def test_samples_are_rows_and_what_the_model_writes(ranks_wanted, strategy, ranks, tmp_path):
+    again, = {*ranks.run(ranks_wanted, sampled, tmp_path, strategy)}
+    samples = [(row["step"], row["sample"]) for row in rows(tmp_path) if "sample" in row]
+    assert [step for step, _ in samples] == [2, 4] and samples[-1][1] == again and len({text for _, text in samples}) == 2
+    report([str(tmp_path)])
+    assert "the last 2 of 2" in Path(tmp_path, "report.html").read_text()
+
+
+def sampled(output_dir, strategy):
+    """What the model writes after training: as after its last evaluation, which is of the same update."""
+    args = arguments(output_dir, strategy=strategy, max_steps=4, eval_strategy="steps", eval_steps=2, sample_prompt="\3\4")
+
+    def look(run):
+        with evaluating(run) as model:
+            return write(model, "\3\4", 200)
+    return train_and(args, look, model=gpt(), train_set=sequences(11), eval_set={"a": sequences(3, seed=1), "b": sequences(2)})
+
+
+def test_a_prompt_that_the_model_does_not_know_is_told_before_training(tmp_path):
+    with pytest.raises(UsageError, match="the prompt 'é' has byte 195; the model knows 0..16"):
+        run_training(arguments(tmp_path, max_steps=1, eval_strategy="steps", sample_prompt="é"), eval_set=sequences(3))
+    assert not rows(tmp_path)
+
+
+def test_the_bar_of_a_save_ends_with_the_bytes_of_its_files(tmp_path):
+    told = []
+    plan = plan_tensors({"a": torch.zeros(3 * 2**22), "b": torch.zeros(5, dtype=torch.int8)})
+    write_file(str(tmp_path / "file"), plan, told.append)
+    assert sum(told) == plan.size == os.path.getsize(tmp_path / "file") and len(told) >= 4
+
+
+def test_a_notebook_shows_the_bar_and_the_error_of_a_wrong_flag(tmp_path):
+    flags = ["--output_dir", str(tmp_path / "run"), "--dataset", __file__, "--max_steps", "4", "--logging_steps", "2", "--n_layer", "1", "--n_embd", "32", "--block_size", "32"]
+    cells = [f"import sys; sys.path.insert(0, {os.getcwd()!r})\nfrom train import run\nrun({flags})", f"run({[*flags, '--max_stepz', '4']})"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(book, timeout=100, allow_errors=True, kernel_name="python3").execute()
+    trained, refused = ("".join(output.get("text", output.get("evalue", "")) for output in cell.outputs) for cell in book.cells)
+    assert "train: 100%" in trained and "4/4" in trained and "train_loss" in trained
+    assert refused == "--max_stepz is not a flag: did you mean --max_steps?" and len(rows(tmp_path / "run")) == 3
+
+
 @pytest.mark.parametrize(("changes", "said"), [({"report_to": "tensorbord"}, "report_to=tensorbord: expected tensorboard, wandb, mlflow"),
-                                               ({"report_histograms": True}, "needs --report_to tensorboard"), ({"profile": "3"}, "as 10:12"), ({"profile": "4:3"}, "as 10:12")])
+                                               ({"report_histograms": True}, "needs --report_to tensorboard"), ({"profile": "3"}, "as 10:12"), ({"profile": "4:3"}, "as 10:12"),
+                                               ({"sample_prompt": "", "eval_strategy": "no"}, "--sample_prompt  needs evaluations")])
 def test_mistakes_are_one_message(changes, said, tmp_path):
     with pytest.raises(UsageError, match=said):
         watched(tmp_path, **changes)

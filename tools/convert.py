@@ -22,12 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from args import TrainArgs
 from checkpoint import PLANNED, misfits, model_weights, plain_settings, plan_manifest, read_plan, tied_names
+from loader import Loader
 from optim import parameter_groups
-from rundir import holds_run, verify
+from rundir import find_damage, holds_run, verify
 from state import TrainState, UsageError, run_main
 from storage import PLAIN_NAME, FilePlan, PartFiles, alike, plan_json, plan_tensors, read_json, reading, show, sync, write_file
 from tools.inspect import newest
+from world import World, print0
 
 OURS = re.compile(r"(model|optimizer|ema|rng)(-.*)?\.(safetensors|json)|model\.safetensors\.index\.json|(state|args|manifest|config)\.json")
 BESIDE = re.compile(r"(?!trainer_state|model\.safetensors).*\.(json|txt|jinja|model)")      # configuration and tokenizer in a folder of the HF Trainer
@@ -276,6 +279,25 @@ def from_hf(folder: str, output_dir: str, model: nn.Module | None = None, num_sa
             file.write(log)
         sync(os.path.join(output_dir, "metrics.jsonl"))
     return final
+
+
+def take_over(args: TrainArgs, world: World, model: nn.Module, loader: Loader, checkpoint: str) -> str:
+    """Makes a checkpoint of ours in output_dir out of one of the HF Trainer, on all ranks; its path."""
+    if loader.num_samples is None:
+        raise UsageError(f"--resume_from_checkpoint {checkpoint} is of the HF Trainer, and does not tell a place in a stream: train on data with a length")
+    name = ""
+    with world.writing(args.output_dir):
+        if world.writes:
+            name = os.path.basename(from_hf(checkpoint, args.output_dir, model, loader.num_samples, args.dataloader_drop_last,
+                                            partly="weights" in args.allowed))
+    made = os.path.join(args.output_dir, world.gather_json(name)[0])
+    print0(world, f"{checkpoint} is of the HF Trainer: taken over as {made}")
+    if args.train_sampling_strategy == "group_by_length":
+        print0(world, "note: the HF Trainer draws the order of group_by_length in another way; some samples of the epoch under way may come twice, others not")
+    problem, _ = find_damage(made, world, args.save_on_each_node)
+    if problem is not None:
+        raise UsageError(f"{made}: {problem}", 3)
+    return made
 
 
 def read_progress(folder: str) -> dict:

@@ -9,6 +9,7 @@ an addition as two, as torch counts on GPUs: the backward of attention has five 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import train
 from args import TrainArgs, parse_args
+from callbacks import Callback
 from collators import default_collator
 from data import build_data
 from evalloop import to_device
@@ -28,19 +30,45 @@ from state import Batch, LossFn, UsageError, run_main
 from storage import read_json, reading
 from world import open_world
 
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu       # torch counts it as nothing
-CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_ATTENTION_FORMULAS = {     # torch counts it as nothing
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v)}
 
 
 def count_flops(model: nn.Module, loss_fn: LossFn, batch: Batch) -> int:
     """Of the forward and backward pass of a micro-batch. No gradient is left, and random generators are where they were."""
-    formulas = {CPU_ATTENTION: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
-                CPU_ATTENTION_BACKWARD: lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FORMULAS) as counter:
         loss = loss_fn(model, to_device(batch, trained[0].device))
         torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, trained, allow_unused=True)
     return counter.get_total_flops()
+
+
+class FlopsCallback(Callback):
+    """Counts the first window of this start on every rank, for --peak_flops; what the optimizer multiplies is not counted."""
+
+    def __init__(self):
+        self.counter, self.counting = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FORMULAS), contextlib.ExitStack()
+        self.counted = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.counted:
+            self.tokens_before = state.num_input_tokens_seen
+            if args.torch_compile:      # what it first calls under the counter, the compiler would leave alone for ever
+                self.counting.enter_context(torch.compiler.set_stance("force_eager"))
+            self.counting.enter_context(self.counter)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.counting.close()
+
+    def on_step_end(self, args, state, control, run=None, **kwargs):
+        if not self.counted:
+            self.counting.close()
+            flops, tokens = run.world.sum(self.counter.get_total_flops())[0], state.num_input_tokens_seen - self.tokens_before
+            state.flops_per_token = flops / tokens if tokens else 0.0
+            self.counted = flops > 0        # a window without label items has neither pass
 
 
 def read_run(folder: str) -> tuple[list[str], float]:

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from adapters import Lora, add_lora
 from args import TrainArgs
+from callbacks import Callback
 from checkpoint import load_model
+from evalloop import evaluating
 from model import GPT, Cache, build_model
 from rundir import verify
 from state import UsageError, run_main
@@ -21,7 +25,7 @@ from tools.inspect import newest
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Prints and returns the prompt and its continuation; a zero byte, the end of a document, ends the text."""
+    """Prints and returns the prompt and its continuation."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run, for its newest")
     parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
@@ -43,14 +47,42 @@ def main(argv: list[str] | None = None) -> str:
         for name, p in model.named_parameters():
             if name in averages.found:
                 averages.fill(name, 0, p.data)
-    prompt = [*os.fsencode(flags.prompt)]
-    if max(prompt, default=0) >= model.vocab_size:
-        raise UsageError(f"--prompt has byte {max(prompt)}; the model knows 0..{model.vocab_size - 1}")
-    new = generate(model, torch.tensor(prompt or [0]), flags.length, flags.temperature, flags.top_k, flags.top_p, [flags.seed], eos_id=0)
-    tokens = [*prompt, *new[0].tolist(), 0]
-    text = bytes(t for t in tokens[:tokens.index(0)] if t < 256).decode(errors="replace")
+    text = write(model, flags.prompt, flags.length, flags.temperature, flags.top_k, flags.top_p, flags.seed)
     print(text)
     return text
+
+
+def write(model: GPT, prompt: str, length: int, temperature: float = 0.8, top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> str:
+    """A prompt and its continuation by a model of bytes, as `generate`; a zero byte, the end of a document, ends it."""
+    given = encode(model, prompt)
+    new = generate(model, torch.tensor(given or [0], device=next(model.parameters()).device), length, temperature, top_k, top_p, [seed], eos_id=0)
+    tokens = [*given, *new[0].tolist(), 0]
+    return bytes(t for t in tokens[:tokens.index(0)] if t < 256).decode(errors="replace")
+
+
+def encode(model: GPT, prompt: str) -> list[int]:
+    given = [*os.fsencode(prompt)]
+    if max(given, default=0) >= model.vocab_size:
+        raise UsageError(f"the prompt {prompt!r} has byte {max(given)}; the model knows 0..{model.vocab_size - 1}")
+    return given
+
+
+class SampleCallback(Callback):
+    """After each evaluation while training, what the model makes of a prompt, as a row of metrics.jsonl, for --sample_prompt. It is on every
+    rank: a sharded model is called by all of them."""
+
+    def __init__(self, prompt: str, length: int = 200):
+        self.prompt, self.length, self.sampled_step = prompt, length, -1
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        encode(model, self.prompt)      # a mistake is told now
+
+    def on_evaluate(self, args, state, control, run=None, **kwargs):
+        if state.in_training and self.sampled_step != state.global_step:     # of several data sets once
+            self.sampled_step = state.global_step
+            with evaluating(run) as model:
+                text = write(model, self.prompt, self.length)
+            run.callbacks.log(run, {"sample": text})
 
 
 @torch.no_grad()
@@ -85,9 +117,12 @@ def generate(model: GPT, prompts: Tensor | list[Tensor], length: int, temperatur
     ended, cache = torch.zeros(len(rows), dtype=torch.bool, device=device), Cache(model.block_size - 1)
     training = [module for module in model.modules() if module.training]
     model.eval()
+    # caches grow, and torch.compile would make a graph for each length
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         for at in range(length):
-            logits = model(tokens, position_ids=positions, cache=cache)[:, -1].float()                  # (B, V)
+            with eager:
+                logits = model(tokens, position_ids=positions, cache=cache)[:, -1].float()              # (B, V)
             finite &= logits.amax(-1).isfinite().all()          # -inf is a token that cannot come
             new = logits.argmax(-1) if temperature == 0 else sample(logits / temperature, draws[:, at, None], top_k, top_p)
             written[:, at] = torch.where(ended, pad_id, new)

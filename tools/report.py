@@ -97,11 +97,6 @@ def read_history(run: History) -> History:
         with run.noting(folder, file):
             for key, value in read_json(folder, file).items():
                 run.results[key if repr(run.results.get(key, value)) == repr(value) else f"{key} in {file}"] = value
-    if os.path.lexists(os.path.join(folder, "samples.jsonl")):
-        with run.noting(folder, "samples.jsonl"):
-            for number, row in parse_lines(run, "samples.jsonl"):
-                where = f"update {show(row['step'])}" if "step" in row else f"line {number:,}"
-                run.samples += [(f"{where}, {show(key)}", as_text(value)) for key, value in row.items() if key not in ("step", "epoch")]
     return run
 
 
