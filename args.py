@@ -151,7 +151,7 @@ class TrainArgs:
     save_on_each_node: bool = arg(False, "every host writes whole checkpoints into an output_dir of its own")
     run_name: str | None = arg(None, "what loggers call the run (default: the name of output_dir)")
     report_to: str = arg("none", "who is told beside metrics.jsonl, with commas: tensorboard (in output_dir/tensorboard), wandb, mlflow")
-    report_histograms: bool = arg(False, "tensorboard: at each log the weights and gradients too, as far as rank 0 holds them whole")
+    report_histograms: bool = arg(False, "tensorboard: every logging_steps the weights and their gradients too, as far as rank 0 holds them whole")
     report: bool = arg(False, "at the end of training write output_dir/report.html, as python -m tools.report does")
     sample_prompt: str | None = arg(None, "after each evaluation while training let the built-in model continue this text, for metrics.jsonl, loggers and the report")
     peak_flops: float | None = arg(None, "operations per second that the device of a rank could do: then logs have mfu, the share that the model made use of", 1, 1e21)
@@ -379,10 +379,11 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
         need(f"{name} dataloader_num_workers", getattr(a, name) == default or a.dataloader_num_workers > 0, f"--{name} needs --dataloader_num_workers")
     for name in a.reports:
         need("report_to", name in ("tensorboard", "wandb", "mlflow"), f"report_to={name}: expected tensorboard, wandb, mlflow, with commas, or none")
-    need("report_histograms report_to", not a.report_histograms or "tensorboard" in a.reports, "--report_histograms needs --report_to tensorboard")
+    need("report_histograms report_to logging_strategy", not a.report_histograms or "tensorboard" in a.reports and a.logging_strategy == "steps",
+         "--report_histograms needs --report_to tensorboard and --logging_strategy steps")
     need("profile", a.profile is None or re.fullmatch(r"\d{1,12}:\d{1,12}", a.profile) is not None and 1 <= int(a.profile.split(":")[0]) <= int(a.profile.split(":")[1]),
          f"profile={a.profile}: expected the first and the last update of the trace, as 10:12")
-    need("skip_memory_metrics", a.skip_memory_metrics or os.path.exists("/proc/self/clear_refs"), "--skip_memory_metrics False needs Linux: peaks come from /proc")
+    need("skip_memory_metrics", a.skip_memory_metrics or sys.platform == "linux", "--skip_memory_metrics False needs Linux: peaks come from /proc")
     need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
     fixed = [f.name for f in dataclasses.fields(a) if f.metadata["fixed"]]

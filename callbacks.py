@@ -72,7 +72,7 @@ class Callbacks:
             method = getattr(callback, event, None)
             if method is not None:
                 changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
-                                 lr_scheduler=run.schedule, processing_class=run.processing_class, run=run, **self.dataloaders, **kwargs)
+                                 lr_scheduler=run.schedule, processing_class=run.processing_class, run=run, **{**self.dataloaders, **kwargs})
                 vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
         if event in AGREED_AFTER:
             *flags, self.control.stop_code = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.stop_code)
@@ -84,7 +84,7 @@ class Callbacks:
         there; NaN and Infinity are written as Python's json does."""
         with run.world.clock.within("log", hold=True):
             self.keep(run, logs)
-            self.fire("on_log", run, logs=logs)
+            self.fire("on_log", run, logs=dict(logs))      # some take out what they show
 
     def keep(self, run: Run, logs: dict) -> None:
         logs["epoch"] = run.state.epoch
@@ -140,12 +140,13 @@ class Callbacks:
         found = [[type(c).__name__, c.state()] for c in self.callbacks if callable(getattr(c, "state", None))]
         return [[name, state] for name, state in found if state.get("attributes")]
 
-    def load_states(self, saved: list[list]) -> None:
+    def load_states(self, saved: list[list], is_main: bool) -> None:
         waiting = list(self.callbacks)
         for name, state in saved:
             match = next((c for c in waiting if type(c).__name__ == name), None)
             if match is None:
-                print(f"warning: the checkpoint holds the state of a callback {name!r:.100} that this run does not have", file=sys.stderr)
+                if is_main:
+                    print(f"warning: the checkpoint holds the state of a callback {name!r:.100} that this run does not have", file=sys.stderr)
                 continue
             waiting.remove(match)
             current, kept = match.state()["attributes"], state["attributes"]
@@ -218,40 +219,45 @@ class CheckReplicas(Callback):
 
 
 class TensorBoardCallback(Callback):
-    """Every row as curves, train/loss, eval/loss and so on, and the settings, in output_dir/tensorboard; histograms: at each log weights
-    and gradients too, of what this rank holds whole. A resumed run takes back what had been written after its checkpoint. Rank 0 only."""
+    """Every row as curves, train/loss, eval/loss and so on, and the settings, in output_dir/tensorboard; with histograms, every logging_steps
+    the weights and their gradients too, of what this rank holds whole. A resumed run takes back what had been written after its checkpoint. Rank 0 only."""
 
     def __init__(self, histograms: bool = False):
         self.histograms, self.writer = histograms, None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, run=None, **kwargs):
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step + 1)
+        self.writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step)
+        run.world.on_exit.callback(self.writer.close)
         if state.global_step == 0:
             self.writer.add_text("settings", "\n".join(f"    {key}: {value!r}" for key, value in args.to_dict().items()))
+        for row in state.log_history:
+            if row["step"] == state.global_step:        # some of them were written after the checkpoint, so all were purged
+                self.write(row, state.global_step)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        step = state.global_step + 1
+    def on_pre_optimizer_step(self, args, state, control, run=None, **kwargs):
+        step = state.global_step        # updates that made these weights
         if self.histograms and step % state.logging_steps == 0:
-            for name, p in model.named_parameters():
-                if len(plain(p)) == 1 and not hasattr(p, "to_local"):
-                    self.writer.add_histogram(f"weights/{name}", p.detach(), step)
-                    if p.grad is not None:
-                        self.writer.add_histogram(f"gradients/{name}", p.grad, step)
+            with run.world.clock.within("log"):
+                for name, p in run.model.named_parameters():
+                    if len(plain(p)) == 1 and not hasattr(p, "to_local"):
+                        self.writer.add_histogram(f"weights/{name}", p.detach(), step)
+                        if p.grad is not None:
+                            self.writer.add_histogram(f"gradients/{name}", p.grad, step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for key, value in logs.items() if self.writer is not None else ():
-            part, _, name = key.partition("_")
-            tag = f"{part}/{name}" if part in ("eval", "test", "time", "memory") and name else f"train/{key}"
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(tag, value, state.global_step)
-            elif isinstance(value, str):
-                self.writer.add_text(tag, value, state.global_step)
         if self.writer is not None:
+            self.write(logs, state.global_step)
             self.writer.flush()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.writer.close()
+    def write(self, row: dict, step: int) -> None:
+        for key, value in row.items():
+            part, _, name = key.partition("_")
+            tag = f"{part}/{name}" if part in ("eval", "test", "time", "memory") and name else f"train/{key}"
+            if isinstance(value, (int, float)) and key != "step":
+                self.writer.add_scalar(tag, value, step)
+            elif isinstance(value, str):
+                self.writer.add_text(tag, value, step)
 
 
 class ProfileCallback(Callback):
@@ -260,13 +266,21 @@ class ProfileCallback(Callback):
     def __init__(self, first: int, last: int, rank: int):
         self.first, self.last, self.rank, self.profiler = first, last, rank, None
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.first > state.max_steps:
+            raise UsageError(f"--profile {args.profile}: the run ends with update {state.max_steps}, before the trace begins")
+
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.first:
+        if self.profiler is None and self.first <= state.global_step + 1 <= self.last:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.profiler is not None and state.global_step >= min(self.last, state.max_steps):
+        if self.profiler is not None and state.global_step >= self.last:
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.profiler is not None:
             self.profiler.stop()
             folder = os.path.join(args.output_dir, "profile")
             os.makedirs(folder, exist_ok=True)
@@ -292,23 +306,19 @@ class ProgressCallback(Callback):
         step_s = sum(value for key, value in logs.items() if key.startswith("time_") and key not in ("time_evaluate", "time_save"))
         if not self.warned and logs.get("time_data", 0) > max(0.2 * step_s, 1e-3):
             self.warned = True
-            self.write(f"note: the training data takes {logs['time_data'] / step_s:.0%} of the time of an update: raise --dataloader_num_workers, or make samples faster")
+            tqdm.write(f"note: the training data takes {logs['time_data'] / step_s:.0%} of the time of an update: raise --dataloader_num_workers, or make samples faster")
         shown = sorted(((k, v) for k, v in logs.items() if not k.startswith(("time_", "memory_"))), key=lambda item: isinstance(item[1], str))      # text last
         line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {show(v)}" for k, v in shown)
-        if "loss" in logs and not self.bar.disable:
+        on_bar = "loss" in logs and not self.bar.disable
+        if on_bar:
             self.bar.set_postfix_str(f"loss {show(logs['loss'])} norm {show(logs['grad_norm'])} lr {show(logs['learning_rate'])} "
-                                     f"{show(logs['tokens_per_second'])} tokens/s")
-        else:
-            self.write(line)
-
-    def write(self, line: str) -> None:
-        if self.bar.disable:
-            print(line, flush=True)
-        else:
-            self.bar.write(line)
+                                     f"{show(logs.get('tokens_per_second'))} tokens/s")
+        if not on_bar or not sys.stdout.isatty():       # a file has all of them
+            tqdm.write(line)        # above the bars, if there are any
+            sys.stdout.flush()
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self.eval_bar.disable and not self.disable and eval_dataloader is not None:
+        if self.eval_bar.disable and not self.disable:
             length = len(eval_dataloader) if eval_dataloader.num_samples is not None else None
             self.eval_bar = tqdm(total=length, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True)
         self.eval_bar.update()

@@ -390,7 +390,7 @@ def load_checkpoint(run: Run, path: str) -> None:
     with reading(path, "state.json"):
         stored = read_json(path, "state.json")
         load_optimizer(run, path, stored["optimizer"], left)
-        run.callbacks.load_states(stored["callbacks"])
+        run.callbacks.load_states(stored["callbacks"], run.world.is_main)
         ranks = stored["world_size"]
         if not alike(ranks, 1):
             raise ValueError(f"impossible values: world_size={ranks!r:.100}")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-import resource
+import sys
 import time
 from collections.abc import Iterator
 
@@ -61,23 +61,16 @@ class Memory:
 
     def __init__(self, device: torch.device = torch.device("cpu"), on: bool = False):      # noqa: B008
         self.device, self.on, self.stage = device, on, ""
-        self.found: dict[str, int] = {f"before_init_mem_{what}": now for what, (now, _) in self.held().items()} if on else {}
+        self.found: dict[str, int] = {f"before_init_mem_{what}": now for what, (now, _) in held(self.device).items()} if on else {}
         self.start("init")
-
-    def held(self) -> dict[str, tuple[int, int]]:
-        """(bytes now, the most since the peak was restarted) of the process, and of its accelerator."""
-        with open("/proc/self/status") as file:
-            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file if line.startswith(("VmRSS", "VmHWM"))}
-        host = {"cpu": (kilobytes["VmRSS"] * 1024, kilobytes["VmHWM"] * 1024)}
-        return host if self.device.type == "cpu" else {**host, "gpu": (torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device))}
 
     def start(self, stage: str) -> None:
         """Ends the stage before, if there is one."""
         if not self.on:
             return
-        for what, (now, peak) in self.held().items() if self.stage else ():
+        for what, (now, peak) in held(self.device).items() if self.stage else ():
             self.found |= {f"{self.stage}_mem_{what}_alloc_delta": now - self.began[what][0], f"{self.stage}_mem_{what}_peaked_delta": max(0, peak - now)}
-        self.stage, self.began = stage, self.held()
+        self.stage, self.began = stage, held(self.device)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")     # restarts VmHWM: proc(5)
         if self.device.type == "cuda":
@@ -92,5 +85,16 @@ class Memory:
 
 def memory(device: torch.device) -> dict[str, float]:
     """The most memory that this process, and its accelerator, have held so far, in megabytes."""
-    host = {"memory_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}       # Linux counts in kilobytes
-    return host if device.type == "cpu" else {**host, "memory_device_peak_mb": torch.cuda.max_memory_allocated(device) / 1e6}
+    return {{"cpu": "memory_peak_mb", "gpu": "memory_device_peak_mb"}[what]: peak / 1e6 for what, (_, peak) in held(device).items()}
+
+
+def held(device: torch.device) -> dict[str, tuple[int, int]]:
+    """(bytes now, the most so far) of the process, which only Linux tells, and of its accelerator."""
+    found = {}
+    if sys.platform == "linux":
+        with open("/proc/self/status") as file:     # getrusage's peak would be that of the process which started this one, if it was larger
+            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file if line.startswith(("VmRSS", "VmHWM"))}
+        found["cpu"] = kilobytes["VmRSS"] * 1024, kilobytes["VmHWM"] * 1024
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    return found

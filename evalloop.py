@@ -148,7 +148,7 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
             num_samples += batch["num_samples"]
             num_batches += 1
             if not trial:
-                run.callbacks.fire("on_prediction_step", run)
+                run.callbacks.fire("on_prediction_step", run, eval_dataloader=loader)
         hand_over(world, waiting, sinks)
         num_items, num_samples = world.sum(num_items, num_samples)
         if num_samples == 0:

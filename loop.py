@@ -109,6 +109,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     write_status(args.output_dir, run.world, state="running", step=state.global_step)
     with catching_signals(run):
         callbacks.fire("on_train_begin", run)
+        run.world.clock.read()      # what came before is no training
         if args.eval_on_start and state.global_step == 0:
             evaluation()
         # an epoch whose end was still to be handled is entered again, even if no window of it is left
@@ -229,7 +230,6 @@ class Meter:
         self.run, self.train_loader = run, train_loader
         self.updates: list[Update] = []         # since the last `collect`
         self.began = time.perf_counter()
-        run.world.clock.read()      # what came before is no training
         run.world.memory.start("train")
         self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
         self.since_step, self.since_tokens = self.first_step, run.state.num_input_tokens_seen       # the last log of this start
@@ -255,16 +255,18 @@ class Meter:
         args, state, spent = self.run.args, self.run.state, self.run.world.clock.read()
         losses, tokens, updates = state.recent_losses, state.num_input_tokens_seen - self.since_tokens, state.global_step - self.since_step
         training = sum(seconds for part, seconds in spent.items() if part not in ("evaluate", "save"))
-        row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm, "learning_rate": state.learning_rate,
-               "tokens_per_second": tokens / training}
+        row = {"loss": math.fsum(losses) / len(losses) if losses else None, "grad_norm": state.grad_norm, "learning_rate": state.learning_rate}
         for name in ("nan_steps", "empty_steps", "skipped_steps"):
             if count := getattr(state, name) - getattr(state, f"recent_{name}"):
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
-        if args.peak_flops is not None:       # recomputed operations are counted too, so it is the hardware's use then (Chowdhery et al. 2022, appendix B)
-            used = state.flops_per_token * tokens / training / (args.peak_flops * self.run.world.world_size)
-            row["hfu" if args.activation_checkpointing else "mfu"] = used or None       # of data without input_ids it is not known
-        row |= {f"time_{part}": seconds / max(updates, 1) for part, seconds in spent.items()} | memory(self.run.world.device)
+        if updates:         # else they were made before this start
+            row["tokens_per_second"] = tokens / training
+            if args.peak_flops is not None:     # recomputed operations are counted too, so it is the hardware's use then (Chowdhery et al. 2022, appendix B)
+                used = state.flops_per_token * tokens / training / (args.peak_flops * self.run.world.world_size)
+                row["hfu" if args.activation_checkpointing else "mfu"] = used or None       # of data without input_ids it is not known
+            row |= {f"time_{part}": seconds / updates for part, seconds in spent.items()}
+        row |= memory(self.run.world.device)
         losses.clear()
         state.last_logged_step = self.since_step = state.global_step
         self.since_tokens = state.num_input_tokens_seen

@@ -1,7 +1,9 @@
 """What is watched: where the time goes, and loggers that say what metrics.jsonl says, over kills too."""
 import json
 import os
+import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import nbclient
@@ -57,6 +59,18 @@ def test_every_log_says_where_the_time_went(ranks_wanted, strategy, ranks, tmp_p
     assert any(row["time_evaluate"] > 0 and row["time_save"] > 0 for row in found[0] if "loss" in row)
 
 
+def test_the_parts_of_a_real_run_add_up_to_its_time(tmp_path):
+    class Stopwatch(Callback):
+        times = ()
+
+        def on_log(self, args, state, control, logs=None, run=None, **kwargs):
+            self.times += (run.world.clock.at,) * ("loss" in logs)      # when the clock came to "log", right after the row was made
+    stopwatch = Stopwatch()
+    run_training(arguments(tmp_path, max_steps=50, logging_steps=10, eval_strategy="steps", save_strategy="steps", save_steps=20), eval_set=sequences(3), callbacks=[stopwatch])
+    spent = [10 * sum(value for key, value in row.items() if key.startswith("time_")) for row in rows(tmp_path) if "loss" in row]
+    assert spent[1:] == [pytest.approx(later - earlier, rel=0.02, abs=1e-3) for earlier, later in pairwise(stopwatch.times)] and len(spent) == 5
+
+
 def watched_with(output_dir, strategy):
     return watched(output_dir, strategy=strategy)
 
@@ -67,42 +81,70 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in reading.Scalars(tag)] for tag in reading.Tags()["scalars"]}
 
 
-def test_tensorboard_shows_the_rows_once_after_a_kill_too(tmp_path):
-    whole = watched(tmp_path / "whole", report_to="tensorboard", report_histograms=True)
-    cut(tmp_path / "whole", tmp_path / "killed", 2)
-    resumed = watched(tmp_path / "killed", "True", report_to="tensorboard", report_histograms=True)
+@pytest.mark.parametrize("changes", [{}, {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_steps": 3, "num_train_epochs": 2, "max_steps": -1}])
+def test_tensorboard_shows_the_rows_once_after_a_kill_too(changes, tmp_path):
+    """Also where rows of an update come after its checkpoint: at the end of an epoch."""
+    changes = {**changes, "report_to": "tensorboard", "report_histograms": not changes}
+    whole = watched(tmp_path / "whole", **changes)
+    cut(tmp_path / "whole", tmp_path / "killed", 3 if "max_steps" in changes else 2)
+    resumed = watched(tmp_path / "killed", "True", **changes)
     assert [timeless(row) for row in whole] == [timeless(row) for row in resumed]
     for name, logged in (("whole", whole), ("killed", resumed)):
         shown = scalars(tmp_path / name / "tensorboard")
         for key, tag in (("loss", "train/loss"), ("grad_norm", "train/grad_norm"), ("eval_loss", "eval/loss")):
             assert shown[tag] == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in logged if key in row]
+    if not changes.get("max_steps"):
+        assert histograms(tmp_path / "killed/tensorboard") == histograms(tmp_path / "whole/tensorboard")
 
 
-def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
+def histograms(folder) -> dict[str, list]:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(folder))
+    reading.Reload()
+    return {tag: [(event.step, event.histogram_value.sum) for event in reading.Histograms(tag)] for tag in reading.Tags()["histograms"]}
+
+
+def test_each_start_of_weights_and_biases_has_the_whole_history(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     watched(tmp_path / "whole", report_to="wandb")
+    cut(tmp_path / "whole", tmp_path / "killed", 2)
+    shutil.rmtree(tmp_path / "killed/wandb", ignore_errors=True)
+    logged = watched(tmp_path / "killed", "True", report_to="wandb")
     wandb.teardown()        # its service may still be writing
-    cut(tmp_path / "whole", tmp_path / "killed", 4)
-    watched(tmp_path / "killed", "True", report_to="wandb")
-    wandb.teardown()
-    runs = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "killed/wandb").glob("offline-run-*"))
-    assert len(runs) == 2 and len(set(runs)) == 1
-    assert all(path.stat().st_size > 500 for path in (tmp_path / "killed/wandb").glob("offline-run-*/*.wandb"))
+    path, = (tmp_path / "killed/wandb").glob("offline-run-*/*.wandb")
+    told = [row for row in wandb_rows(path.read_bytes()) if "update" in row]
+    assert [row["update"] for row in told] == [row["step"] for row in logged]
+    assert [row["loss"] for row in told if "loss" in row] == [row["loss"] for row in logged if "loss" in row]
 
 
-def test_mlflow_holds_the_rows_in_one_run(tmp_path, monkeypatch):
+def wandb_rows(data: bytes) -> list[dict]:
+    """The history records of a .wandb file: LevelDB's log format, with protocol buffers in it."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    at, found, part = 7, [], b""
+    while at + 7 <= len(data):
+        if at % 32768 > 32768 - 7:
+            at += -at % 32768
+        size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+        part, at = (part if kind in (3, 4) else b"") + data[at + 7:at + 7 + size], at + 7 + size
+        if kind in (1, 4):
+            record = Record.FromString(part)
+            found += [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}] if record.HasField("history") else []
+    return found
+
+
+def test_each_start_of_mlflow_has_the_whole_history(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
-    logged = watched(tmp_path / "whole", report_to="mlflow")
-    cut(tmp_path / "whole", tmp_path / "killed", 4)
-    watched(tmp_path / "killed", "True", report_to="mlflow")
-    found = mlflow.MlflowClient().search_runs(["0"])
-    assert len(found) == 1 and found[0].data.params["max_steps"] == "6" and found[0].info.status == "FINISHED"
-    history = mlflow.MlflowClient().get_metric_history(found[0].info.run_id, "loss")
-    assert {(metric.step, metric.value) for metric in history} == {(row["step"], row["loss"]) for row in logged if "loss" in row}
+    watched(tmp_path / "whole", report_to="mlflow", run_name="first")
+    cut(tmp_path / "whole", tmp_path / "killed", 2)
+    logged = watched(tmp_path / "killed", "True", report_to="mlflow", run_name="second")
+    client = mlflow.MlflowClient()
+    found, = (run for run in client.search_runs(["0"]) if run.info.run_name == "second")
+    assert found.data.params["max_steps"] == "6" and found.info.status == "FINISHED"
+    for key in ("loss", "eval_loss", "train_loss"):
+        assert [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, key)] == [(row["step"], row[key]) for row in logged if key in row]
 
 
 def test_a_trace_is_written_for_the_updates_asked_for(ranks, tmp_path):
@@ -115,6 +157,16 @@ def test_a_trace_is_written_for_the_updates_asked_for(ranks, tmp_path):
 
 def profiled(output_dir):
     watched(output_dir, profile="3:4")
+
+
+def test_a_trace_ends_with_the_run_and_one_that_never_begins_is_an_error(tmp_path):
+    class Stop(Callback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == 2
+    run_training(arguments(tmp_path, max_steps=5, profile="2:4"), callbacks=[Stop()])
+    assert (tmp_path / "profile/rank-0.json").exists()
+    with pytest.raises(UsageError, match="--profile 50:60: the run ends with update 3, before the trace begins"):
+        run_training(arguments(tmp_path / "late", max_steps=3, profile="50:60"))
 
 
 def test_data_that_is_slow_is_told_once(tmp_path, capsys):
@@ -206,6 +258,24 @@ def test_the_bar_of_a_save_ends_with_the_bytes_of_its_files(tmp_path):
     assert sum(told) == plan.size == os.path.getsize(tmp_path / "file") and len(told) >= 4
 
 
+class OnTerminal(Callback):
+    """The bars, drawn by hand since stderr is no terminal here; runs of tests are without."""
+
+    def __init__(self):
+        self.bars = ProgressCallback(bars=True)
+
+    def __getattribute__(self, name):
+        return getattr(object.__getattribute__(self, "bars"), name) if name.startswith("on_") else object.__getattribute__(self, name)
+
+
+def test_bars_of_several_data_sets_count_their_own_batches(tmp_path, capsys):
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    train_and(args, lambda run: None, model=gpt(), train_set=sequences(8), eval_set={"a": sequences(6), "b": sequences(3)}, callbacks=[OnTerminal()])
+    shown = capsys.readouterr()
+    assert "train: 100%" in shown.err and "evaluate:   0%|          | 0/3" in shown.err and "evaluate:   0%|          | 0/2" in shown.err
+    assert [line.split("  ")[1].split()[0] for line in shown.out.splitlines()] == ["loss", "loss", "eval_a_loss", "eval_b_loss", "train_runtime"]
+
+
 def test_a_notebook_shows_the_bar_and_the_error_of_a_wrong_flag(tmp_path):
     flags = ["--output_dir", str(tmp_path / "run"), "--dataset", __file__, "--max_steps", "4", "--logging_steps", "2", "--n_layer", "1", "--n_embd", "32", "--block_size", "32"]
     cells = [f"import sys; sys.path.insert(0, {os.getcwd()!r})\nfrom train import run\nrun({flags})", f"run({[*flags, '--max_stepz', '4']})"]
@@ -217,7 +287,7 @@ def test_a_notebook_shows_the_bar_and_the_error_of_a_wrong_flag(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"report_to": "tensorbord"}, "report_to=tensorbord: expected tensorboard, wandb, mlflow"),
-                                               ({"report_histograms": True}, "needs --report_to tensorboard"), ({"profile": "3"}, "as 10:12"), ({"profile": "4:3"}, "as 10:12"),
+                                               ({"report_histograms": True}, "needs --report_to tensorboard"), ({"report_histograms": True, "report_to": "tensorboard", "logging_strategy": "epoch"}, "and --logging_strategy steps"), ({"profile": "3"}, "as 10:12"), ({"profile": "4:3"}, "as 10:12"),
                                                ({"sample_prompt": "", "eval_strategy": "no"}, "--sample_prompt  needs evaluations")])
 def test_mistakes_are_one_message(changes, said, tmp_path):
     with pytest.raises(UsageError, match=said):

@@ -25,7 +25,7 @@ from state import UsageError, run_main
 # whatever else the task or its flags ask for; a learning rate that gives NaN ends the run, but not the program
 ONLY_TRAIN = ["--do_train", "True", "--do_eval", "False", "--do_predict", "False", "--eval_strategy", "no", "--eval_on_start", "False",
               "--load_best_model_at_end", "False", "--early_stopping_patience", "none", "--early_stopping_threshold", "0", "--save_strategy", "no",
-              "--resume_from_checkpoint", "none", "--report_to", "none", "--report_histograms", "False", "--report", "False",
+              "--resume_from_checkpoint", "none", "--report_to", "none", "--sample_prompt", "none", "--report_histograms", "False", "--report", "False",
               "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "none", "--warmup_steps", "0", "--on_nonfinite", "skip"]
 EACH_UPDATE = ["--logging_strategy", "steps", "--logging_steps", "1"]
 

@@ -44,7 +44,7 @@ SETTINGS = {
     "data_seed": 0, "gradient_accumulation_steps": 8, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0,
     "ema_decay": None, "logging_strategy": "no", "logging_first_step": False, "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
     "save_only_model": False, "save_on_each_node": False, "load_best_model_at_end": False, "early_stopping_patience": None,
-    "early_stopping_threshold": 0, "report_to": "none", "report_histograms": False, "report": False, "profile": None, "check_replicas": 0,
+    "early_stopping_threshold": 0, "report_to": "none", "report_histograms": False, "report": False, "sample_prompt": None, "profile": None, "check_replicas": 0,
     "cpu_offload": False}
 
 
