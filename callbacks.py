@@ -70,7 +70,7 @@ class Callbacks:
             setattr(self.control, flag, False)
         for callback in self.callbacks:
             method = getattr(callback, event, None)
-            if method is not None:
+            if method is not None and getattr(method, "__func__", method) is not Callback.on_init_end:      # those of Callback do nothing
                 changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
                                  lr_scheduler=run.schedule, processing_class=run.processing_class, run=run, **{**self.dataloaders, **kwargs})
                 vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})

@@ -37,7 +37,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
                                                    sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
     update = None
     if num_items > 0:
-        share = torch.zeros((), device=world.device)
+        losses: list[Tensor] = []
         for i, micro_batch in enumerate(window):
             last = i + 1 == len(window)
             weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing
@@ -52,17 +52,18 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
                 clock.to("backward")
                 precision.backward(loss_sum * (weight / num_items))
             if weight:
-                share = share + loss_sum.detach() / num_items  # no .item(): the host stays ahead of the device
+                losses.append(loss_sum.detach())               # no .item(): the host stays ahead of the device
             if not last:
                 run.callbacks.fire("on_substep_end", run)
         clock.to("optimizer")
         precision.unscale(run.optimizer)
         grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
+        share = sum(losses[1:], losses[0]) / num_items if losses else torch.zeros((), device=world.device)
         loss = world.add(share)
         run.callbacks.fire("on_pre_optimizer_step", run)
         state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
-        finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | precision.scales)   # fp16: an overflow is no failure
-        if precision.step(run.optimizer, loss, grad_norm):
+        stepped, failed = precision.step(run.optimizer, loss, grad_norm)
+        if stepped:
             run.callbacks.fire("on_optimizer_step", run)
             if run.ema is not None:
                 run.ema.update()
@@ -70,7 +71,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
             state.skipped_steps += 1
         run.optimizer.zero_grad(set_to_none=True)
         clock.to("other")
-        update = Update(loss, share, grad_norm, finite)
+        update = Update(loss, share, grad_norm, failed)
     else:
         state.skipped_steps += 1
         state.empty_steps += 1

@@ -49,14 +49,17 @@ class Precision:
         return self.device.type != "cpu" and not self.scaler.is_enabled() and bool(optimizer.defaults.get("fused")) \
             and isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam))
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped. Where the device skips
-        by itself the answer is always True; `find_nonfinite` tells one update later."""
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> tuple[bool, Tensor]:
+        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped, and whether the update failed,
+        () bool: an overflow in fp16 is no failure. Where the device skips by itself it always steps; `find_nonfinite` tells one update later."""
+        total = loss + grad_norm
+        inf = total - total != 0        # or NaN; torch.isfinite would be five kernels for each
+        failed = ~torch.isfinite(loss) if self.scales else inf
         if self.device_skips(optimizer):
-            optimizer.found_inf = (~finite).float()
+            optimizer.found_inf = inf.float()
             optimizer.step()
-            return True
+            return True, failed
+        finite = not inf
         if finite:
             optimizer.step()
         if self.scaler.is_enabled():
@@ -70,14 +73,14 @@ class Precision:
                 state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
             self.scaler.load_state_dict(state)
             self.scaler.update(state["scale"])      # and forgets these gradients
-        return bool(finite)
+        return finite, failed
 
     def find_nonfinite(self, step: int, update: Update) -> tuple[int, Update] | None:
         """The update known by now not to be finite: this one, or, on an accelerator, the one before. That one is done,
         so nothing waits; `find_last_nonfinite` asks about the last one."""
         if self.device.type == "cpu":
-            return None if update.finite else (step, update)
-        copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(update.finite, non_blocking=True)
+            return (step, update) if update.failed else None
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(update.failed, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
         found = self.find_last_nonfinite()
@@ -89,7 +92,7 @@ class Precision:
             return None
         (step, update, copy, copied), self.pending = self.pending, None
         copied.synchronize()
-        return None if copy else (step, update)
+        return (step, update) if copy else None
 
     def check_model(self, model: nn.Module) -> None:
         """fp16 scaling needs float32 weights: their gradients would else be float16 and cannot be unscaled."""

@@ -53,7 +53,8 @@ def sharpness_aware_step(run: Run, window: list[dict], loss_fn: Callable) -> Upd
         piece.detach().copy_(value)
     grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
     state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
-    if not run.precision.step(run.optimizer, loss, grad_norm):      # as loss or gradient are not finite
+    stepped, failed = run.precision.step(run.optimizer, loss, grad_norm)
+    if not stepped:
         run.parallel.gather()
         state.skipped_steps += 1
     elif run.ema is not None:
@@ -62,7 +63,7 @@ def sharpness_aware_step(run: Run, window: list[dict], loss_fn: Callable) -> Upd
     state.global_step += 1                          # what resuming and the epochs go by
     state.samples_seen += num_samples
     state.total_samples += num_samples
-    return Update(loss, share, grad_norm, torch.isfinite(loss) & torch.isfinite(grad_norm))
+    return Update(loss, share, grad_norm, failed)
 
 
 @torch.enable_grad()
