@@ -74,7 +74,9 @@ class Callbacks:
                 changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
                                  lr_scheduler=run.schedule, processing_class=run.processing_class, run=run, **{**self.dataloaders, **kwargs})
                 vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
-        if event in AGREED_AFTER:
+        if event in AGREED_AFTER and run.world.world_size == 1:
+            self.control.stop_code = self.stop_code
+        elif event in AGREED_AFTER:
             *flags, self.control.stop_code = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.stop_code)
             for flag, value in zip(FLAGS, flags):
                 setattr(self.control, flag, bool(value))

@@ -8,6 +8,7 @@ is skipped, the scale halved, and doubled again after 2,000 good updates (Micike
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -33,7 +34,7 @@ class Precision:
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        (self.scaler.scale(loss) if self.scaler.is_enabled() else loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the scale, once per update and before clipping."""
@@ -49,17 +50,17 @@ class Precision:
         return self.device.type != "cpu" and not self.scaler.is_enabled() and bool(optimizer.defaults.get("fused")) \
             and isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam))
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> tuple[bool, Tensor]:
-        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped, and whether the update failed,
-        () bool: an overflow in fp16 is no failure. Where the device skips by itself it always steps; `find_nonfinite` tells one update later."""
-        total = loss + grad_norm
-        inf = total - total != 0        # or NaN; torch.isfinite would be five kernels for each
-        failed = ~torch.isfinite(loss) if self.scales else inf
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> tuple[bool, bool | Tensor]:
+        """Steps the optimizer unless `loss` or `grad_norm` () are not finite. Returns whether it stepped, and whether the update failed: an
+        overflow in fp16 is no failure. Where the device skips by itself it always steps, and a tensor () tells `find_nonfinite` one update later."""
         if self.device_skips(optimizer):
-            optimizer.found_inf = inf.float()
+            total = loss + grad_norm
+            failed = total - total != 0     # infinite or NaN; torch.isfinite would be five kernels for each
+            optimizer.found_inf = failed.float()
             optimizer.step()
             return True, failed
-        finite = not inf
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)       # here the host has to know
+        failed = not (math.isfinite(loss) if self.scales else finite)
         if finite:
             optimizer.step()
         if self.scaler.is_enabled():
@@ -69,7 +70,7 @@ class Precision:
                 state["_growth_tracker"] += 1
                 if state["_growth_tracker"] == state["growth_interval"]:
                     state["scale"], state["_growth_tracker"] = state["scale"] * state["growth_factor"], 0
-            elif torch.isfinite(loss):      # or else the scale was not to blame
+            elif math.isfinite(loss):       # or else the scale was not to blame
                 state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
             self.scaler.load_state_dict(state)
             self.scaler.update(state["scale"])      # and forgets these gradients
@@ -78,7 +79,7 @@ class Precision:
     def find_nonfinite(self, step: int, update: Update) -> tuple[int, Update] | None:
         """The update known by now not to be finite: this one, or, on an accelerator, the one before. That one is done,
         so nothing waits; `find_last_nonfinite` asks about the last one."""
-        if self.device.type == "cpu":
+        if isinstance(update.failed, bool):
             return (step, update) if update.failed else None
         copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(update.failed, non_blocking=True)
         copied = torch.cuda.Event()

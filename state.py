@@ -118,7 +118,7 @@ class Update(NamedTuple):
     loss: torch.Tensor         # () mean over the label items of the window and all ranks
     share: torch.Tensor        # () this rank's part of it
     grad_norm: torch.Tensor    # () before clipping
-    failed: torch.Tensor       # () bool: loss or gradient is NaN or infinite, and no lower loss scale would cure it
+    failed: bool | torch.Tensor     # loss or gradient is NaN or infinite, and no lower loss scale would cure it; () where the host has not waited for it
 
 
 @dataclass(repr=False)      # it would be pages of weights in a notebook
