@@ -155,18 +155,28 @@ def fsdp2(job: Job) -> None:
     bare(job, wrap)
 
 
-def ours(job: Job, **settings) -> None:
+def ours(job: Job, watched: bool = True, **settings) -> None:
     from args import TrainArgs
     from loop import train
     from optim import build_optimizer
     from train import assemble
     from world import open_world
     args = TrainArgs(output_dir=job.folder, max_steps=job.updates, per_device_train_batch_size=job.batch, learning_rate=PEAK, weight_decay=DECAY,
-                     logging_steps=LOG, **{"save_strategy": "no", **settings})
+                     **{"logging_steps": LOG, "save_strategy": "no", **settings})
     job.all_logits = False
     with open_world(args) as world:
         run, loader, _ = assemble(args, world, job.model(), job.data(), make_optimizer=lambda model, args: job.watch(build_optimizer(model, args)))
+        if not watched:
+            run.callbacks.callbacks = []
         train(run, loader, None, job.loss_sum)
+
+
+def ours_watched(job: Job) -> None:
+    ours(job, logging_steps=10, disable_tqdm=False)
+
+
+def ours_unwatched(job: Job) -> None:
+    ours(job, watched=False, logging_strategy="no")
 
 
 def ours_saving(job: Job) -> None:
@@ -250,11 +260,12 @@ def lightning(job: Job) -> None:
 
 
 OURS, BARE = "ours", "bare loop"
+WATCHED, UNWATCHED = "ours, bar and a log every 10 updates", "ours, nothing watched"
 PEERS = {"HF Trainer": hf_trainer, "Accelerate": accelerate, "Lightning Fabric": fabric, "Lightning Trainer": lightning}
 ONE_PROCESS = {OURS: ours, BARE: bare, **PEERS}
 STRATEGIES = {f"ours, {name}": lambda job, name=name: ours(job, strategy=name) for name in ("ddp", "zero1", "zero2", "fsdp")}
 RANKS = {**STRATEGIES, "DDP": ddp, "FSDP2": fsdp2, **PEERS}
-CONTESTANTS = {**ONE_PROCESS, **RANKS, "ours, saving": ours_saving}
+CONTESTANTS = {**ONE_PROCESS, **RANKS, "ours, saving": ours_saving, WATCHED: ours_watched, UNWATCHED: ours_unwatched}
 
 
 # ---------------------------------------------------------------------------------------------------- running them

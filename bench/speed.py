@@ -1,6 +1,6 @@
 """This trainer beside a bare loop, the HF Trainer, Accelerate, Lightning Fabric and the Lightning Trainer, in one run.
 
-    python -m bench.speed [cpu tokens start ranks memory growth] [--rounds 10] [--out FILE]
+    python -m bench.speed [cpu watch tokens start ranks memory growth] [--rounds 10] [--out FILE]
 
     cpu      CPU time per update of a tiny GPT (one block, width 32, 2 x 16 tokens) with one thread: what remains is overhead
     tokens   tokens per second of the default job's GPT and of one with 10 million parameters, two threads
@@ -8,6 +8,7 @@
     ranks    updates per second on two gloo ranks, one thread each, of the default job's GPT
     memory   peak resident memory of a process that trains the default job's GPT, and one layer with a vocabulary of 32,000 and of 128,000. There
              the peers take the loss from all logits, as the models of transformers do, and the bare loop has both
+    watch    CPU time per update of the default job's GPT, one thread, with the bar, metrics.jsonl and a log every 10 updates, over none of them
     growth   this trainer alone over 5,000 updates: CPU time per update of 4,501 to 5,000 over that of 101 to 600; and how fast resident memory
              grows after 1,000, without checkpoints and with one every 100 updates. The allocator takes memory in steps of up to 0.3 MB, so this
              is never quite 0; a scalar tensor kept of each update would be 600 kB per 1,000
@@ -39,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 
 from args import TrainArgs
-from bench.contestants import BARE, ONE_PROCESS, OURS, PEERS, RANKS, Job, run
+from bench.contestants import BARE, ONE_PROCESS, OURS, PEERS, RANKS, UNWATCHED, WATCHED, Job, run
 from tests import ranks as pool
 
 DEFAULT = {"batch": 16, "layers": TrainArgs.n_layer, "heads": TrainArgs.n_head, "width": TrainArgs.n_embd, "length": TrainArgs.block_size}
@@ -115,6 +116,13 @@ def cpu(rounds: int) -> Values:
         job = run(name, updates=120, clock=time.process_time)
         return 1e6 * per_update(job, 20), job.last_loss
     return in_turns(ONE_PROCESS, rounds, turn)
+
+
+def watch(rounds: int) -> Values:
+    def turn(name: str) -> tuple[float, float]:
+        job = run(name, updates=25, clock=time.process_time, **DEFAULT)
+        return 1e6 * per_update(job, 5), job.last_loss
+    return in_turns((WATCHED, UNWATCHED), 2 * rounds, turn)
 
 
 def tokens(rounds: int, updates: int, **model) -> Values:
@@ -197,6 +205,7 @@ LOGITS_LIMITS = [Limit(OURS, BARE, "<=", 1.02, 30), *(Limit(OURS, other, "<=", 0
 MICROSECONDS, TOKENS, MB, KB = "microseconds per update", "tokens per second", "MB", "kB per 1,000 updates"
 ROWS = {
     "cpu": [Row("CPU time, tiny model", MICROSECONDS, [Limit(OURS, BARE, "<=", 1.03), *(Limit(OURS, peer, "<", 1.0) for peer in PEERS)], cpu)],
+    "watch": [Row("CPU time of watching, default job's model", MICROSECONDS, [Limit(WATCHED, UNWATCHED, "<=", 1.01)], watch)],
     "tokens": [Row("default job's model", TOKENS, row_limits(">=", 0.99, 1.0), partial(tokens, updates=10, **DEFAULT)),
                Row("10 million parameters", TOKENS, row_limits(">=", 0.99, 1.0), partial(tokens, updates=5, **TEN_MILLION))],
     "start": [Row("start of a process to the end of its first update", "seconds", [Limit(OURS, BARE, "<=", 1.15), Limit(OURS, "HF Trainer", "<=", 0.6)], start)],
