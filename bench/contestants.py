@@ -155,20 +155,20 @@ def fsdp2(job: Job) -> None:
     bare(job, wrap)
 
 
-def ours(job: Job, watched: bool = True, **settings) -> None:
+def ours(job: Job, watched: bool = True, train_step: Callable | None = None, **settings) -> None:
+    import loop
     from args import TrainArgs
-    from loop import train
     from optim import build_optimizer
     from train import assemble
     from world import open_world
-    args = TrainArgs(output_dir=job.folder, max_steps=job.updates, per_device_train_batch_size=job.batch, learning_rate=PEAK, weight_decay=DECAY,
-                     **{"logging_steps": LOG, "save_strategy": "no", **settings})
+    args = TrainArgs(output_dir=job.folder, per_device_train_batch_size=job.batch, learning_rate=PEAK, weight_decay=DECAY,
+                     **{"max_steps": job.updates, "logging_steps": LOG, "save_strategy": "no", **settings})
     job.all_logits = False
     with open_world(args) as world:
         run, loader, _ = assemble(args, world, job.model(), job.data(), make_optimizer=lambda model, args: job.watch(build_optimizer(model, args)))
         if not watched:
             run.callbacks.callbacks = []
-        train(run, loader, None, job.loss_sum)
+        loop.train(run, loader, None, job.loss_sum, train_step=train_step or loop.train_step)
 
 
 def ours_watched(job: Job) -> None:
@@ -181,6 +181,28 @@ def ours_unwatched(job: Job) -> None:
 
 def ours_saving(job: Job) -> None:
     ours(job, save_strategy="steps", save_steps=100, save_total_limit=2)
+
+
+def ours_long(job: Job) -> None:
+    """Leaves checkpoints 10 and 100,000 in the job's folder; what it does in an update is only to count it."""
+    from loop import train_step
+    from state import Run, Update
+
+    def count(run: Run, window: list[Batch], loss_fn: Callable) -> Update | None:
+        if run.state.global_step < 10:
+            return train_step(run, window, loss_fn)
+        run.state.global_step += 1
+        run.state.samples_seen += job.batch
+        run.state.total_samples += job.batch
+        return None
+    ours(job, max_steps=10, save_strategy="steps", save_steps=10)
+    ours(job, train_step=count, max_steps=LONG, save_strategy="steps", save_steps=LONG, resume_from_checkpoint="True")
+
+
+def ours_resumed(job: Job, step: int) -> None:
+    """One update from a checkpoint of `ours_long`, whose folder is in the environment."""
+    ours(job, max_steps=step + 1, resume_from_checkpoint=f"{os.environ['BENCH_RUN']}/checkpoint-{step}")
+    job.last_loss = 0.0
 
 
 def hf_trainer(job: Job) -> None:
@@ -259,13 +281,15 @@ def lightning(job: Job) -> None:
             default_root_dir=job.folder, use_distributed_sampler=False).fit(Module(), job.batches())
 
 
-OURS, BARE = "ours", "bare loop"
+OURS, BARE, LONG = "ours", "bare loop", 100_000
+RESUMED_EARLY, RESUMED_LATE = "ours, resumed at update 10", "ours, resumed at update 100,000"
 WATCHED, UNWATCHED = "ours, bar and a log every 10 updates", "ours, nothing watched"
 PEERS = {"HF Trainer": hf_trainer, "Accelerate": accelerate, "Lightning Fabric": fabric, "Lightning Trainer": lightning}
 ONE_PROCESS = {OURS: ours, BARE: bare, **PEERS}
 STRATEGIES = {f"ours, {name}": lambda job, name=name: ours(job, strategy=name) for name in ("ddp", "zero1", "zero2", "fsdp")}
 RANKS = {**STRATEGIES, "DDP": ddp, "FSDP2": fsdp2, **PEERS}
-CONTESTANTS = {**ONE_PROCESS, **RANKS, "ours, saving": ours_saving, WATCHED: ours_watched, UNWATCHED: ours_unwatched}
+CONTESTANTS = {**ONE_PROCESS, **RANKS, "ours, saving": ours_saving, WATCHED: ours_watched, UNWATCHED: ours_unwatched, "ours, long": ours_long,
+                RESUMED_EARLY: lambda job: ours_resumed(job, 10), RESUMED_LATE: lambda job: ours_resumed(job, LONG)}
 
 
 # ---------------------------------------------------------------------------------------------------- running them

@@ -1,10 +1,11 @@
 """This trainer beside a bare loop, the HF Trainer, Accelerate, Lightning Fabric and the Lightning Trainer, in one run.
 
-    python -m bench.speed [cpu watch tokens start ranks memory growth] [--rounds 10] [--out FILE]
+    python -m bench.speed [cpu watch tokens start resume ranks memory growth] [--rounds 10] [--out FILE]
 
     cpu      CPU time per update of a tiny GPT (one block, width 32, 2 x 16 tokens) with one thread: what remains is overhead
     tokens   tokens per second of the default job's GPT and of one with 10 million parameters, two threads
     start    seconds from the start of a process to the end of its first update
+    resume   the same of a run that goes on from update 100,000 of a set of 200,000 samples, and from update 10
     ranks    updates per second on two gloo ranks, one thread each, of the default job's GPT
     memory   peak resident memory of a process that trains the default job's GPT, and one layer with a vocabulary of 32,000 and of 128,000. There
              the peers take the loss from all logits, as the models of transformers do, and the bare loop has both
@@ -40,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 
 from args import TrainArgs
-from bench.contestants import BARE, ONE_PROCESS, OURS, PEERS, RANKS, UNWATCHED, WATCHED, Job, run
+from bench.contestants import BARE, LONG, ONE_PROCESS, OURS, PEERS, RANKS, RESUMED_EARLY, RESUMED_LATE, UNWATCHED, WATCHED, Job, run
 from tests import ranks as pool
 
 DEFAULT = {"batch": 16, "layers": TrainArgs.n_layer, "heads": TrainArgs.n_head, "width": TrainArgs.n_embd, "length": TrainArgs.block_size}
@@ -146,6 +147,17 @@ def start(rounds: int) -> Values:
     return in_turns(ONE_PROCESS, rounds, turn)
 
 
+def resume(rounds: int) -> Values:
+    with tempfile.TemporaryDirectory() as folder:
+        run("ours, long", folder, updates=LONG + 1)
+        os.environ["BENCH_RUN"] = folder
+
+        def turn(name: str) -> tuple[float, float]:
+            began = time.monotonic()
+            return in_process(name, updates=LONG + 1)["ticks"][0] - began, 1.0
+        return in_turns((RESUMED_LATE, RESUMED_EARLY), 2 * rounds, turn)
+
+
 def memory(rounds: int, **model) -> Values:
     """It hardly varies, so three rounds are enough."""
     def turn(name: str) -> tuple[float, float]:
@@ -209,6 +221,7 @@ ROWS = {
     "tokens": [Row("default job's model", TOKENS, row_limits(">=", 0.99, 1.0), partial(tokens, updates=10, **DEFAULT)),
                Row("10 million parameters", TOKENS, row_limits(">=", 0.99, 1.0), partial(tokens, updates=5, **TEN_MILLION))],
     "start": [Row("start of a process to the end of its first update", "seconds", [Limit(OURS, BARE, "<=", 1.15), Limit(OURS, "HF Trainer", "<=", 0.6)], start)],
+    "resume": [Row("start of a process to the end of its first update", "seconds", [Limit(RESUMED_LATE, RESUMED_EARLY, "<=", 1.05)], resume)],
     "ranks": [Row("two ranks", "updates per second", [Limit("ours, ddp", "DDP", ">=", 0.97), *(Limit("ours, ddp", peer, ">=", 1.0) for peer in PEERS),
                                                       *(Limit(f"ours, {name}", "FSDP2", ">=", 0.95) for name in ("zero1", "zero2", "fsdp"))], ranks)],
     "memory": [Row("peak memory, default job's model", MB, [Limit(OURS, BARE, "<=", 1.02, 30)], partial(memory, **DEFAULT)),
