@@ -16,8 +16,9 @@ import pytest
 
 from callbacks import Callback
 from state import UsageError
+from storage import show
 from tests.toy import arguments, rows, run_training, sequences
-from tools.report import HEIGHT, MAX_MEANS, MAX_POINTS, MAX_SAMPLES, Curve, fit, main, thin, tick_text
+from tools.report import HEIGHT, MAX_POINTS, MAX_SAMPLES, Curve, main, thin, tick_text
 
 NAMED = re.compile(r'<path class="line (\w+) run(\d)" style="--c:var\(--c(\d)\)" d="([^"]*)" data-name="([^"]*)"/>')
 SPEEDS = ("runtime", "per_second", "per second", "memory", "time of an update")
@@ -84,10 +85,11 @@ def test_every_logged_value_is_drawn_at_its_place(tmp_path):
     for key, title in places.items():
         expected = [(row["step"], row[key]) for row in logged if key in row]
         assert_drawn(drawn[title]["linear"][key], expected)
-    for key in ("loss", "eval_loss"):
-        _, _, points, unit = drawn["Loss"]["log"][key]
+    for key, title in places.items():
+        _, _, points, unit = drawn[title].get("log", drawn[title]["linear"])[key]
         expected = [math.log(row[key]) for row in logged if key in row]
         assert [math.log(value) for _, value, _ in points] == pytest.approx(expected, abs=unit * math.log(10))
+    assert {title for title, pictures in drawn.items() if "log" not in pictures} == {"Eval samples per second"}      # always the same
     assert drawn["Loss"]["linear"]["eval_loss, best"][2] == [drawn["Loss"]["linear"]["eval_loss"][2][-1][:2] + (False,)]
 
 
@@ -130,7 +132,7 @@ def test_a_real_run_is_shown_with_its_checkpoints_results_and_environment(tmp_pa
     for step in (2, 4, 6):
         size = sum(path.stat().st_size for path in (tmp_path / "run" / f"checkpoint-{step}").iterdir() if path.name != "manifest.json")
         mark = "best" if step == best["step"] else ""
-        assert f"<td>{step}</td><td>{size / 1e6:,.2f}</td><td>{mark}</td><td>looks complete</td>" in page
+        assert f"<td>{step}</td><td>{size / 1e6:,.2f}</td><td>{mark}</td><td></td>" in page
     assert marks(page, "save") == [2, 4, 6]
     manifest = json.loads((tmp_path / "run" / "checkpoint-6" / "manifest.json").read_text())
     for key in ("torch", "python", "format"):
@@ -256,11 +258,11 @@ def test_what_is_not_finite_is_a_gap_with_a_mark_and_updates_left_out_are_counte
     assert "log" in figures(page)["Loss"]
 
 
-def test_steps_that_go_backwards_are_told_and_drawn_once(tmp_path):
-    again = [{**row, "loss": 9.0} for row in LOGGED[10:]]
-    page = report(write_run(tmp_path / "run", [*LOGGED[:15], *again]))
-    assert "steps go backwards 1 times, first in line 16 from update 15 to 11" in page
-    assert_drawn(figures(page)["Loss"]["linear"]["loss"], [(row["step"], row["loss"]) for row in [*LOGGED[:10], *again]])
+def test_rows_in_another_order_are_drawn_where_they_belong(tmp_path):
+    backwards = [*LOGGED[::-1], *LOGGED[1:3]]
+    page = report(write_run(tmp_path / "run", backwards))
+    assert_drawn(figures(page)["Loss"]["linear"]["loss"], [(row["step"], row["loss"]) for row in backwards])
+    assert "<div><b>20</b><span>updates</span></div>" in page
 
 
 def test_a_long_curve_is_thinned_to_a_small_page_that_keeps_every_extreme(tmp_path):
@@ -268,7 +270,7 @@ def test_a_long_curve_is_thinned_to_a_small_page_that_keeps_every_extreme(tmp_pa
     values = generator.normal(3, 0.1, 30_000)
     values[[7, 12_345, 29_990]] = 50, -40, math.nan
     page = report(write_run(tmp_path / "run", [{"loss": value, "step": step} for step, value in enumerate(values.tolist())]))
-    assert len(page) < 200_000 and f"30,000 values thinned to {len(thin(values)):,}" in page
+    assert len(page) < 200_000 and f"30,000 values thinned to {len(thin(curve_of(values)).values):,}" in page
     curves = figures(page)["Loss"]["linear"]
     _, style, points, unit = curves["loss"]
     drawn = {step: value for step, value, _ in points}
@@ -276,11 +278,6 @@ def test_a_long_curve_is_thinned_to_a_small_page_that_keeps_every_extreme(tmp_pa
     for bucket in np.array_split(np.arange(30_000), MAX_POINTS // 2):
         assert {int(bucket[np.nanargmin(values[bucket])]), int(bucket[np.nanargmax(values[bucket])])} <= drawn.keys()
     assert next(step for step, _, joined in points if step > 29_990 and not joined) <= 29_990 + 2 * 30_000 // MAX_POINTS
-    last = curves["loss, mean"][2][0]
-    assert last[:2] == (99, pytest.approx(values[:30_000 // MAX_MEANS].mean(), abs=unit))
-    axis = fit([curve_of(values)], cut=True)
-    assert 2 < axis.low < 3 < axis.high < 4 and "2 values outside of the picture, as 50 at update 7" in page
-    assert marks(page, "cut") == [7, 12_345]
 
 
 def curve_of(values: np.ndarray) -> Curve:
@@ -289,10 +286,10 @@ def curve_of(values: np.ndarray) -> Curve:
 
 @pytest.mark.parametrize("size", [1, MAX_POINTS, MAX_POINTS + 1, 10 * MAX_POINTS])
 def test_thinning_keeps_all_of_a_short_curve_and_the_ends_of_a_long_one(size):
-    kept = thin(np.sin(np.arange(size)))
+    kept = thin(curve_of(np.sin(np.arange(size)))).steps
     assert kept[0] == 0 and kept[-1] == size - 1 and (np.diff(kept) > 0).all()
     assert len(kept) == size if size <= MAX_POINTS else MAX_POINTS * 0.6 < len(kept) <= MAX_POINTS + 2
-    assert len(thin(np.full(size, np.nan))) <= MAX_POINTS
+    assert len(thin(curve_of(np.full(size, np.nan))).values) <= MAX_POINTS
 
 
 def test_parts_of_the_time_are_stacked(tmp_path):
@@ -310,6 +307,24 @@ def test_the_newest_samples_are_shown_and_their_number_is_told(tmp_path):
     page = report(write_run(tmp_path / "run", [{"sample": f"text {n} of rows", "step": n} for n in range(30)]))
     assert f"the last {MAX_SAMPLES} of 30" in page and re.findall(r"text (\d+) of rows", page) == [str(n) for n in range(30 - MAX_SAMPLES, 30)]
     assert "… (cut)" in report(write_run(tmp_path / "long", [{"sample": "x" * 5000, "step": 1}]))
+
+
+def test_shares_of_a_peak_have_a_picture_and_memory_in_bytes_is_a_result(tmp_path):
+    logged = [{"loss": 1.0, "mfu": None, "step": 1}, {"loss": 1.0, "mfu": 0.25, "step": 2}, {"eval_loss": 1.0, "eval_mem_cpu_alloc_delta": 2_500_000, "step": 2}, {"train_mem_cpu_peaked_delta": 9e6, "step": 2}]
+    one = write_run(tmp_path / "one", logged, train_results__json='{"train_mem_cpu_peaked_delta": 9000000, "init_mem_cpu_alloc_delta": "x"}')
+    page = report(one, write_run(tmp_path / "two", [{"hfu": 0.5, "step": 1}]), out=tmp_path / "both.html")
+    drawn = figures(page)["Share of the peak"]["linear"]
+    assert_drawn(drawn["one: mfu"], [(2, 0.25)])
+    assert_drawn(drawn["two: hfu"], [(1, 0.5)])
+    assert not any("mem" in title for title in figures(page)) and "is no number" not in page
+    for key, value in (("eval_mem_cpu_alloc_delta", "2.5 MB"), ("train_mem_cpu_peaked_delta", "9.0 MB"), ("init_mem_cpu_alloc_delta", "x")):
+        assert page.count(f"<tr><th>{key}</th><td>{value}</td><td></td></tr>") == page.count(f"<th>{key}") == 1
+
+
+def test_a_table_of_a_sweep_is_shown_as_text(tmp_path):
+    with open(main([write_run(tmp_path / "run", LOGGED)], [["trial", "suggested"], ["0", HOSTILE]])) as file:
+        page = file.read()
+    assert f"<tr><th>trial</th><th>suggested</th></tr><tr><th>0</th><td>{html.escape(show(HOSTILE))}</td></tr>" in page
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-249, 1e249], [5e-324, 1.0], [5.0, 5.0], [-1e249, 1e249], [-1e308, 0.0, 1e308], [1e15, 1e15 + 2], [math.nan], [1e-5, 3.0], [-3.0, -2.0]])

@@ -1,6 +1,8 @@
 """A sweep finds the better flags, and no kill makes it lose a trial or count one twice."""
+import fcntl
+import html
 import json
-import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,14 +13,13 @@ import pytest
 
 from state import UsageError
 from tests import sweep_task
-from tests.toy import arguments, rows, run_training, sequences, timeless
-from tools.sweep import Pruning, main, open_sweep, suggested_words, take
+from tests.toy import rows, timeless
+from tools.sweep import CHILD, main, open_sweep, settle, suggested_words, take, train_trial
 
 optuna = pytest.importorskip("optuna")
 SPACE = """
 def space(trial):
-    rate = 10 ** trial.suggest_float("exponent", -3, -0.5)
-    return {"learning_rate": 1e6 if trial.number == 2 else rate, "weight_decay": trial.suggest_float("weight_decay", 0, 1e-6)}
+    return {"learning_rate": 10 ** trial.suggest_float("exponent", -3, -0.5), "weight_decay": trial.suggest_float("weight_decay", 0, 1e-6)}
 """
 
 
@@ -31,51 +32,68 @@ def sweep(tmp_path):
     return words
 
 
-def test_a_sweep_of_two_workers_that_was_killed_goes_on_and_finds_the_best_of_all_trials_but_the_one_that_diverges(sweep, tmp_path, capfd):
-    """Trial 1 kills all processes of the sweep after its third update. It is not started again, but resumed."""
-    command, marker = sweep("--trials", "4", "--workers", "2"), tmp_path / "killed"
-    killed = subprocess.run([sys.executable, "-m", "tools.sweep", *command], check=False, start_new_session=True, env={**os.environ, sweep_task.KILL: str(marker)})
+def test_a_sweep_that_was_killed_twice_goes_on_and_finds_a_better_rate_than_the_default(sweep, tmp_path, capfd, monkeypatch):
+    """Trial 1 kills all processes of the sweep after its third update, and the next time itself alone. It is not started again, but resumed."""
+    command, folder, marker = sweep("--trials", "2", "--workers", "2"), tmp_path / "sweep", tmp_path / "killed"
+    monkeypatch.setenv(sweep_task.KILL, str(marker))
+    killed = subprocess.run([sys.executable, "-m", "tools.sweep", *command], check=False, start_new_session=True)
     assert killed.returncode == -signal.SIGKILL and marker.exists()
+    command = sweep("--trials", "2")
+    with pytest.raises(SystemExit, match="137"):
+        main(command)
+    assert "trial 1 was stopped, ended by SIGKILL" in capfd.readouterr().err
+    monkeypatch.delenv(sweep_task.KILL)
     found = main(command)
 
-    assert [row["trial"] for row in found] == [0, 1, 2, 3]
-    assert [row["state"] for row in found] == ["complete", "complete", "fail", "complete"] and "exit code 4" in found[2]["reason"]
-    assert sorted(path.name for path in Path(tmp_path, "sweep").iterdir() if path.is_dir()) == [f"trial-{n}" for n in range(4)]
-    for row in found:
-        status = json.loads(Path(row["folder"], "status.json").read_text())
-        assert (status["state"], status["exit"]) == (("failed", 4) if row["trial"] == 2 else ("finished", 0))
-        assert sum("eval_loss" in each for each in rows(row["folder"])) <= 3
-    whole = [row for row in found if row["trial"] != 2]
-    best = max(whole, key=lambda row: row["params"]["exponent"])        # with so few updates the loss falls with the rate
-    assert best["value"] == min(row["value"] for row in whole)
-    written = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert [(row["trial"], row["state"], row["reason"]) for row in found] == [(0, "complete", ""), (1, "complete", "")]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["trial-0", "trial-1"]
+    best = max(found, key=lambda row: row["params"]["exponent"])        # with so few updates the loss falls with the rate
+    written = json.loads((folder / "sweep.json").read_text())
     assert written["best"] == best["trial"] and written["trials"] == found
-    assert best["command"] in (tmp_path / "sweep/sweep.md").read_text() and best["command"] in capfd.readouterr().out
+    assert best["command"] in (folder / "sweep.md").read_text() and best["command"] in capfd.readouterr().out
 
-    assert "resuming from" in (tmp_path / "sweep/trial-1.log").read_text()
-    by_hand = shlex.split(found[1]["command"])[3:]
-    sweep_task.run([*by_hand, "--output_dir", str(tmp_path / "again")])
-    assert [*map(timeless, rows(found[1]["folder"]))] == [*map(timeless, rows(tmp_path / "again"))]
-    assert rows(tmp_path / "again")[-2]["eval_loss"] == found[1]["value"]
+    assert "resuming from" in (folder / "trial-1.log").read_text()
+    monkeypatch.chdir(tmp_path)
+    sweep_task.run(shlex.split(found[1]["command"])[3:])     # as it is
+    assert [*map(timeless, rows(found[1]["folder"]))] == [*map(timeless, rows("trainer_output"))]
+    assert rows("trainer_output")[-2]["eval_loss"] == found[1]["value"]
+    sweep_task.run(["--output_dir", "default"])
+    assert best["value"] < rows("default")[-2]["eval_loss"]
+
+    page = (folder / "report.html").read_text()
+    assert all(html.escape(row["suggested"]) in page for row in found)      # the table of all trials
+    shown = re.search(r"<th>learning_rate</th><td>(.*?)</td><td>(.*?)</td>", page.partition('<div id="differing">')[2].partition("</div>")[0])
+    assert sorted(map(float, shown.groups())) == pytest.approx(sorted(10 ** row["params"]["exponent"] for row in found))
 
 
-def test_a_trial_worse_than_the_median_of_the_others_is_pruned_and_stays_so(sweep, tmp_path):
-    command = sweep("--trials", "6")
-    _, study = open_sweep(command)
+def test_a_trial_worse_than_the_median_of_the_others_is_pruned_and_stays_so_if_its_worker_was_killed(sweep, tmp_path):
+    command = sweep("--trials", "6", "--no-report")
+    flags, study = open_sweep(command)
     for _ in range(5):
         study.add_trial(optuna.trial.create_trial(value=1e-9, intermediate_values={2: 1e-9, 4: 1e-9}))
+    trial, log = take(flags, study)
+    words = [*flags.about["flags"], *suggested_words(flags.suggest, trial)]
+    for _ in range(2):      # nobody told Optuna that it had ended
+        train_trial(flags.folder, str(trial.number), *words)
+        assert rows(tmp_path / "sweep/trial-5")[-1]["step"] == 2
+    with log:
+        settle(flags, study, trial, "")
     found = main(command)
     assert [row["state"] for row in found] == ["complete"] * 5 + ["pruned"]
     assert found[5]["value"] == rows(found[5]["folder"])[-2]["eval_loss"]       # of the evaluation that it was stopped after
-    assert rows(found[5]["folder"])[-1]["step"] == 2 and json.loads(Path(found[5]["folder"], "status.json").read_text())["state"] == "finished"
-    assert main(command) == found
+    assert json.loads(Path(found[5]["folder"], "status.json").read_text())["state"] == "finished"
 
 
-def test_a_run_whose_trial_was_pruned_does_not_train_on_if_its_worker_was_killed_before_it_ended(tmp_path):
-    settings = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
-    run_training(arguments(tmp_path, max_steps=2, **settings), eval_set=sequences(4))
-    run = run_training(arguments(tmp_path, max_steps=4, **settings), eval_set=sequences(4), callbacks=[Pruning(None, "eval_loss", pruned=True)])
-    assert run.state.global_step == 2
+def test_a_process_of_a_trial_whose_worker_died_while_it_started_trains_nothing(sweep, tmp_path):
+    flags, study = open_sweep(sweep())
+    trial, log = take(flags, study)
+    start = "import os, subprocess, sys; subprocess.Popen([*sys.argv[1:4], str(os.getpid()), *sys.argv[4:]], stdout=1); os._exit(0)"
+    with log:
+        subprocess.run([sys.executable, "-c", start, sys.executable, "-c", CHILD, flags.folder, str(trial.number), *flags.about["flags"]], check=True, stdout=log)
+    with open(log.name, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)        # waits for its end
+        assert file.read() == b""
+    assert not (tmp_path / "sweep/trial-0").exists() and take(flags, study)[0].number == 0
 
 
 def test_trials_are_shared_and_one_whose_worker_is_gone_is_taken_over(sweep):
@@ -120,7 +138,9 @@ def test_suggestions_depend_on_the_seed_and_the_trials_before_and_on_no_restart(
     ("learning_rate=-1", "def space(trial):\n    return {'learning_rate': -1}", (), ()),
     ("expected a dict of flags", "def space(trial):\n    return [1]", (), ()),
     ("needs a function space", "spaces = 1", (), ()),
-    ("have to be there", SPACE, ("--task", "recipes.missing"), ()),
+    ("recipes.missing cannot be loaded: ModuleNotFoundError", SPACE, ("--task", "recipes.missing"), ()),
+    ("space.py cannot be loaded: ZeroDivisionError", "1 / 0", (), ()),
+    ("space.py, line 2: .* raised KeyError: 'rate'", "def space(trial):\n    return {}['rate']", (), ()),
     ("a function run", SPACE, ("--task", "tests.toy"), ()),
     ("at least one trial", SPACE, ("--trials", "0"), ()),
     ("give --eval_strategy", SPACE, (), ("--eval_strategy", "no")),
@@ -136,16 +156,57 @@ def test_a_mistake_is_one_message_before_there_is_a_sweep(sweep, tmp_path, said,
 
 def test_a_folder_goes_on_with_its_own_sweep_alone(sweep):
     open_sweep(sweep())
-    open_sweep(sweep("--trials", "30", "--workers", "2"))
-    for name, words in (("space", sweep(text=SPACE + "\n")), ("flags", sweep(train=("--seed", "1"))), ("metric", sweep("--metric", "x")),
-                        ("pruner", sweep("--pruner", "none")), ("seed", sweep("--seed", "1")), ("direction", sweep("--direction", "maximize"))):
-        Path(words[0]).write_text(SPACE + "\n" * (name == "space"))
+    open_sweep(sweep("--trials", "30", "--workers", "2", "--no-report"))
+    for name, words in (("flags", sweep(train=("--seed", "1"))), ("metric", sweep("--metric", "x")), ("pruner", sweep("--pruner", "none")),
+                        ("seed", sweep("--seed", "1")), ("direction", sweep("--direction", "maximize"))):
         with pytest.raises(UsageError, match=f"another sweep, give a new one: .*{name} was"):
             open_sweep(words)
 
 
+def test_a_space_that_fails_is_one_message_and_goes_on_where_it_was_when_it_is_corrected(sweep):
+    def space(text):
+        return f"""
+def space(trial):
+    rate = trial.suggest_categorical("rate", [0.1, 0.2])
+    {text}
+    return {{"learning_rate": rate}}
+"""
+    flags, study = open_sweep(sweep("--trials", "2", text=space("assert trial.number == 0, 'oh'")))
+    first, log = take(flags, study)
+    words = suggested_words(flags.suggest, first)
+    second, second_log = take(flags, study)
+    with pytest.raises(UsageError, match=r"space.py, line 4: space\(trial\) raised AssertionError: oh. When it is corrected the same command goes on"):
+        suggested_words(flags.suggest, second)
+    log.close(), second_log.close()
+
+    flags, study = open_sweep(sweep("--trials", "2", text=space("pass")))
+    taken = [take(flags, study), take(flags, study)]
+    assert [trial.number for trial, _ in taken] == [0, 1] and suggested_words(flags.suggest, taken[0][0]) == words
+    taken.clear()       # their logs are closed, and another worker may take them
+    flags, study = open_sweep(sweep("--trials", "2", text=space("pass").replace("0.2", "0.3")))
+    with pytest.raises(UsageError, match="raised ValueError: .*give a new --folder"):
+        suggested_words(flags.suggest, take(flags, study)[0])
+
+
+def test_the_table_names_the_best_and_why_others_failed_whatever_their_files_and_names_hold(sweep, tmp_path):
+    flags, study = open_sweep(sweep("--trials", "5", "--metric", "accuracy", "--direction", "maximize"))
+    logged = ('{"eval_accuracy": 0.5}\n{"eval_accu', '{"eval_accuracy": 0.75}\n{"eval_loss": 1}\n', '{"eval_accuracy": NaN}\n', "", '{"eval_accuracy": 1}\n')
+    for text, failure in zip(logged, ("", "", "", "", "exit code 4: oh")):
+        trial, log = take(flags, study)
+        folder = tmp_path / "sweep" / f"trial-{trial.number}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(text)
+        trial.set_user_attr("suggested", "--name 'a|b'")
+        with log:
+            settle(flags, study, trial, failure)
+    written = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert written["best"] == 1 and [row["value"] for row in written["trials"]] == [0.5, 0.75, None, None, None]
+    assert [row["reason"] for row in written["trials"]] == ["", "", "eval_accuracy is NaN", "no evaluation in metrics.jsonl gave eval_accuracy", "exit code 4: oh"]
+    assert r"| 4 | fail |  | --name 'a\|b' | exit code 4: oh |" in (tmp_path / "sweep/sweep.md").read_text()
+
+
 def test_a_metric_that_does_not_exist_ends_the_sweep_before_any_training(sweep, tmp_path):
-    command = sweep("--metric", "accuracy", "--trials", "2")
+    command = sweep("--metric", "accuracy", "--trials", "1")
     with pytest.raises(UsageError, match="evaluations give eval_loss"):
         main(command)
     assert not rows(tmp_path / "sweep/trial-0")

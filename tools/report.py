@@ -30,14 +30,13 @@ from storage import MAX_JSON_BYTES, alike, read_json, reading, show
 
 COLOURS = 9             # after Okabe and Ito 2008: they can be told apart by the colour-blind too
 MAX_POINTS = 3000       # that are drawn of a curve
-MAX_MEANS = 300         # of a thinned curve
-MAX_PANELS = 60
+MAX_MEANS = 300         # of the time of an update
 MAX_SAMPLES, MAX_SAMPLE_CHARS = 20, 2000
 HEIGHT = 10_000         # of a plot in its own units; along x they are updates
 FAR = 1e8               # where coordinates end
 HUGE = 1e250            # what is larger counts as infinite, and what is smaller than its inverse as 0
 EVENTS = {"nan_steps": "not finite", "empty_steps": "empty", "skipped_steps": "not applied"}       # updates since the last row, by callbacks.py
-HEIGHTS = {"cut": 120, "nan": 480, "skip": 840}       # of marks: values outside of the picture, values that are not finite, updates left out
+HEIGHTS = {"nan": 480, "skip": 840}       # of marks: values that are not finite, updates left out
 
 
 @dataclass
@@ -67,42 +66,43 @@ class History:
 
 
 def read_history(run: History) -> History:
-    folder, steps = run.folder, list_checkpoints(run.folder)
-    with run.noting(folder, "metrics.jsonl"):
+    """Fills in what its folder tells."""
+    with run.noting(run.folder, "metrics.jsonl"):
         read_rows(run)
     run.series = {key: (np.array(steps, np.int64), np.array(values, np.float64)) for key, (steps, values) in run.series.items() if steps}
-    run.results = {key: float(values[-1]) for key, (_, values) in run.series.items() if is_result(key)}
-    with run.noting(folder, "status.json"):
-        run.about = read_json(folder, "status.json")
+    with run.noting(run.folder, "status.json"):
+        run.about = read_json(run.folder, "status.json")
         if run.about.get("started") is not None:
             run.about["started"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(run.about["started"]))
         run.about["state"] = {"running": "running, or killed since"}.get(str(run.about["state"]), run.about["state"])
-    for step in steps:
-        path, size = os.path.join(folder, f"checkpoint-{step}"), None
-        try:
-            manifest = read_manifest(path)
-            check_files(path, manifest, ranks=0)        # names and sizes
-            size, problem = sum(entry["bytes"] for entry in manifest["files"].values()), ""
-            run.about = {**{key: manifest[key] for key in ("torch", "python", "format")}, **run.about}      # of the newest, if they differ
-        except UsageError as error:
-            problem = str(error).removeprefix(path + os.sep)
-        run.checkpoints.append((step, size, problem))
-    if steps:
-        newest = os.path.join(folder, f"checkpoint-{steps[0]}")
-        with run.noting(newest, "args.json"):
-            run.args = read_json(newest, "args.json")
-    else:
-        run.problems.append(f"{folder} has no checkpoint, so its arguments and environment are not known")
-    for file in sorted(file for file in os.listdir(folder) if file.endswith("_results.json")):
-        with run.noting(folder, file):
-            for key, value in read_json(folder, file).items():
-                run.results[key if repr(run.results.get(key, value)) == repr(value) else f"{key} in {file}"] = value
+    read_checkpoints(run)
+    read_results(run)
     return run
 
 
-def parse_lines(run: History, name: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a file of JSON lines. A last line without its end was being written; others that are no objects are told."""
-    path, bad = os.path.join(run.folder, name), []
+def read_rows(run: History) -> None:
+    """metrics.jsonl by columns."""
+    path, odd = os.path.join(run.folder, "metrics.jsonl"), Counter()
+    for row in parse_lines(run, path):
+        step = row.pop("step", None)
+        if not alike(step, 0):
+            odd["step"] += 1
+            continue
+        for key, value in row.items():
+            if type(value) in (int, float):
+                steps, values = run.series.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(float(value) * (abs(value) * HUGE > 1) if abs(value) < HUGE else math.nan)
+            elif "sample" in key:
+                run.samples.append((f"update {step:,}, {show(key)}", value if isinstance(value, str) else json.dumps(value)))
+            elif value is not None:
+                odd[key] += 1
+    run.problems += [f"{path}: {show(key)!r} is no number in {count:,} rows, where it was left out" for key, count in odd.items()]
+
+
+def parse_lines(run: History, path: str) -> Iterator[dict]:
+    """The objects in a file of JSON lines. A last line without its end was being written; others that are no objects are told."""
+    bad = []
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise ValueError("it is no plain file")
     with open(path, "rb") as file:
@@ -116,47 +116,46 @@ def parse_lines(run: History, name: str) -> Iterator[tuple[int, dict]]:
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
-                yield number, row
+                yield row
             else:
                 bad.append(number)
     if bad:
         run.problems.append(f"{path}: lines that are no JSON objects were left out: {len(bad):,}, the first is line {bad[0]:,}")
 
 
-def read_rows(run: History) -> None:
-    """metrics.jsonl by columns. Where steps go backwards, what follows stands for the rows from there on, as after a resume."""
-    path, latest, odd, back = os.path.join(run.folder, "metrics.jsonl"), -1, Counter(), []
-    for number, row in parse_lines(run, "metrics.jsonl"):
-        step = row.pop("step", None)
-        if not alike(step, 0):
-            odd["step"] += 1
-            continue
-        if step < latest:
-            back.append(f"in line {number:,} from update {latest:,} to {step:,}")
-            for steps, values in run.series.values():
-                while steps and steps[-1] >= step:
-                    steps.pop(), values.pop()
-        latest = step
-        for key, value in row.items():
-            if type(value) in (int, float):
-                steps, values = run.series.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(float(value) * (abs(value) * HUGE > 1) if abs(value) < HUGE else math.nan)
-            elif "sample" in key:
-                run.samples.append((f"update {step:,}, {show(key)}", as_text(value)))
-            elif value is not None:
-                odd[key] += 1
-    if back:
-        run.problems.append(f"{path}: steps go backwards {len(back):,} times, first {back[0]}: earlier rows of the same or later updates are not drawn")
-    run.problems += [f"{path}: {show(key)!r} is no number in {count:,} rows, where it was left out" for key, count in odd.items()]
+def read_checkpoints(run: History) -> None:
+    """What each one is, without its contents; arguments and environment from the newest."""
+    steps = list_checkpoints(run.folder)
+    for step in steps:
+        path, size, problem = os.path.join(run.folder, f"checkpoint-{step}"), None, ""
+        try:
+            manifest = read_manifest(path)
+            check_files(path, manifest, ranks=0)        # names and sizes
+            size = sum(entry["bytes"] for entry in manifest["files"].values())
+            run.about = {**{key: manifest[key] for key in ("torch", "python", "format")}, **run.about}
+        except UsageError as error:
+            problem = str(error).removeprefix(path + os.sep)
+        run.checkpoints.append((step, size, problem))
+    if steps:
+        newest = os.path.join(run.folder, f"checkpoint-{steps[0]}")
+        with run.noting(newest, "args.json"):
+            run.args = read_json(newest, "args.json")
+    else:
+        run.problems.append(f"{run.folder} has no checkpoint, so its arguments and environment are not known")
 
 
-def as_text(value) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def read_results(run: History) -> None:
+    """Files of results, and what the end of the training logged beside them."""
+    for file in sorted(file for file in os.listdir(run.folder) if file.endswith("_results.json")):
+        with run.noting(run.folder, file):
+            for key, value in read_json(run.folder, file).items():
+                run.results[key if repr(run.results.get(key, value)) == repr(value) else f"{key} in {file}"] = value
+    run.results = {key: float(values[-1]) for key, (_, values) in run.series.items() if is_result(key)} | run.results
+    run.results |= {key: f"{value / 1e6:,.1f} MB" for key, value in run.results.items() if "_mem_" in key and alike(value, 0.0)}
 
 
 def is_result(key: str) -> bool:
-    return key.startswith("train_") or key == "total_flos"
+    return key.startswith("train_") or key == "total_flos" or "_mem_" in key
 
 
 def find_best(run: History) -> tuple[str, int, float] | None:
@@ -174,7 +173,7 @@ class Curve(NamedTuple):
     run: int
     label: str
     colour: int
-    style: str              # class: thin, thick, best (a single point), area (down to the next one), mean and pale (of a thinned one, its range),
+    style: str              # class: thin, thick, best (a single point), area (down to the next one), pale (thinned),
     steps: np.ndarray       # or a kind of mark, which has no values
     values: np.ndarray | None = None
 
@@ -209,56 +208,38 @@ def tick_text(value: float) -> str:
     return f"{value / size:.9g}{unit}"
 
 
-def fit(curves: list[Curve], cut: bool) -> Axis:
-    """The range of all values; cut: without the few that would leave the others less than a third of the picture."""
-    lows, highs = [0.0] * (curves[0].style == "area"), []
-    for values in (curve.values[np.isfinite(curve.values)] for curve in curves):
-        if len(values):
-            low, high, (q1, q99) = values.min(), values.max(), np.quantile(values, (0.01, 0.99))
-            outliers = cut and len(values) >= 100 and high - low > 3 * (q99 - q1) > 0
-            lows.append(max(low, q1 - (q99 - q1) / 2) if outliers else low)
-            highs.append(min(high, q99 + (q99 - q1) / 2) if outliers else high)
-    low, high = min(lows, default=0.0), max(highs, default=1.0)
-    low = 0.0 if 0 <= low < 0.25 * high else low
+def fit(curves: list[Curve]) -> list[Axis]:
+    """The range of all values, from 0 on if that is near, and a logarithmic one, but for areas, which start at 0, and if a value has no logarithm."""
+    finite, area = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in curves]), curves[0].style == "area"
+    least, most = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    low, high = 0.0 if 0 <= least and (least < 0.25 * most or area) else least, most
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (0.1 * abs(low) or 1), high + (0.1 * abs(high) or 1)
-    return Axis(float(low - 0.04 * (high - low) * (low != 0)), float(high + 0.06 * (high - low)))
+    axes = [Axis(low - 0.04 * (high - low) * (low != 0), high + 0.06 * (high - low))]
+    if not area and least > 0 and most > 1.001 * least:
+        low, high = math.log10(least), math.log10(most)
+        axes.append(Axis(low - 0.04 * (high - low), high + 0.06 * (high - low), True))
+    return axes
 
 
-def fit_log(curves: list[Curve]) -> list[Axis]:
-    """A logarithmic axis, or none if a value has no logarithm."""
-    finite = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in curves])
-    if not len(finite) or finite.min() <= 0 or finite.max() <= 1.001 * finite.min():
-        return []
-    low, high = np.log10([finite.min(), finite.max()]).tolist()
-    return [Axis(low - 0.04 * (high - low), high + 0.06 * (high - low), True)]
+def thin(curve: Curve) -> Curve:
+    """A long curve with MAX_POINTS values, and up to half more where some are not finite: the smallest and largest of each bucket, and a gap if it has one."""
+    if len(curve.values) <= MAX_POINTS:
+        return curve
+    kept = {0, len(curve.values) - 1}
+    for bucket in np.array_split(np.arange(len(curve.values)), MAX_POINTS // 2):
+        values = curve.values[bucket]
+        finite = np.isfinite(values)
+        kept |= {int(bucket[np.nanargmin(values)]), int(bucket[np.nanargmax(values)])} if finite.any() else set()
+        kept |= set() if finite.all() else {int(bucket[np.argmin(finite)])}
+    places = np.array(sorted(kept))
+    return curve._replace(style="pale", steps=curve.steps[places], values=curve.values[places])
 
 
-def thin(values: np.ndarray) -> np.ndarray:
-    """Places of MAX_POINTS values, and up to half more where some are not finite: the smallest and largest of each bucket, and a gap if it has one."""
-    if len(values) <= MAX_POINTS:
-        return np.arange(len(values))
-    kept = {0, len(values) - 1}
-    for bucket in np.array_split(np.arange(len(values)), MAX_POINTS // 2):
-        finite = np.isfinite(values[bucket])
-        if finite.any():
-            kept |= {int(bucket[np.nanargmin(values[bucket])]), int(bucket[np.nanargmax(values[bucket])])}
-        if not finite.all():
-            kept.add(int(bucket[np.argmin(finite)]))
-    return np.array(sorted(kept))
-
-
-def means(curve: Curve) -> Curve:
-    """Of MAX_MEANS stretches, at their ends; NaN if a value is."""
-    buckets = np.array_split(np.arange(len(curve.values)), MAX_MEANS)
-    return curve._replace(style="mean", label=f"{curve.label}, mean", steps=curve.steps[[bucket[-1] for bucket in buckets]],
-                          values=np.array([curve.values[bucket].mean() for bucket in buckets]))
-
-
-def draw(curve: Curve, axis: Axis, kept: np.ndarray) -> str:
+def draw(curve: Curve, axis: Axis) -> str:
     """The path of a curve, with gaps where a value is NaN; a point between two gaps is a line without length, which has round ends."""
-    parts, pen, steps = [], "M", curve.steps[kept].tolist()
-    for step, place in zip(steps, axis.place(curve.values[kept]).tolist()):
+    parts, pen, steps = [], "M", curve.steps.tolist()
+    for step, place in zip(steps, axis.place(curve.values).tolist()):
         parts += [] if math.isnan(place) else [f"{pen}{step} {place:.1f}"]
         pen = "M" if math.isnan(place) else "L"
     d = re.sub(r"M([^ML]+)(?=M|$)", r"M\1L\1", "".join(parts))
@@ -287,28 +268,15 @@ def plot(axis: Axis, x: Axis, lines: str, title: str) -> str:
             f'preserveAspectRatio="none" role="img" aria-label="{html.escape(title)}"><path class="grid" d="{grid}"/>{lines}</svg>{"".join(texts)}</div>')
 
 
-def panel(title: str, curves: list[Curve], x: Axis, marks: list[Curve] = (), logs: bool = False, cut: bool = True, notes: list[str] = ()) -> str:
-    """A figure of curves, with marks of what happened. logs: with a logarithmic picture to switch to. cut: see `fit`."""
-    axes, marks, notes, shown = [fit(curves, cut), *(fit_log(curves) if logs else [])], [*marks], [*notes], []
+def panel(title: str, curves: list[Curve], x: Axis, marks: list[Curve] = (), notes: list[str] = ()) -> str:
+    """A figure of curves, with marks of what happened, and with a logarithmic picture to switch to."""
+    shown, axes, marks = [thin(curve) for curve in curves], fit(curves), [*marks]
+    notes = [*notes, *(f"{curve.label}: {len(curve.values):,} values thinned to {len(each.values):,}, with the smallest and largest of each stretch"
+                       for curve, each in zip(curves, shown) if each is not curve)]
     for curve in curves:
-        places, bad = thin(curve.values), curve.steps[np.isnan(curve.values)]
-        out = (curve.values > axes[0].high) | (curve.values < axes[0].low)
-        if len(places) < len(curve.values):
-            notes.append(f"{curve.label}: {len(curve.values):,} values thinned to {len(places):,}, pale, with the smallest and largest of each stretch, "
-                         f"and to means, strong")
-            shown += [(curve._replace(style="pale"), places), (means(curve), np.arange(MAX_MEANS))]
-        else:
-            shown.append((curve, places))
-        if len(bad):
+        if len(bad := curve.steps[np.isnan(curve.values)]):
             marks.append(Curve(curve.run, f"{curve.label} not finite: {len(bad):,}", curve.colour, "nan", bad))
-        if out.any():
-            far = np.flatnonzero(out)[np.argmax(np.abs(curve.values[out]))]
-            notes.append(f"{curve.label}: {out.sum():,} values outside of the picture, as {curve.values[far]:.4g} at update {curve.steps[far]:,}")
-            marks.append(Curve(curve.run, f"{curve.label} outside", curve.colour, "cut", curve.steps[out]))
-    pictures = ""
-    for axis in axes:
-        lines = "".join(draw_marks(each, x) for each in marks if each.style != "cut" or not axis.log) + "".join(draw(curve, axis, places) for curve, places in shown)
-        pictures += plot(axis, x, lines, title)
+    pictures = "".join(plot(axis, x, "".join([*(draw_marks(each, x) for each in marks), *(draw(each, axis) for each in shown)]), title) for axis in axes)
     legend = "".join(f'<span class="run{each.run}" style="--c:var(--c{each.colour})"><i class="{each.style}"></i>{html.escape(each.label)}</span>'
                      for each in (*curves, *marks))
     switch = '<label><input type="checkbox" class="logbox">log scale</label>' * (len(axes) > 1)
@@ -325,12 +293,13 @@ def stack(run: History, x: Axis) -> str:
     notes = [f"{len(every) - len(whole):,} of {len(every):,} rows lack a part, or it is not finite, and are not drawn"] * (len(every) > len(whole))
     if not whole:
         return f"<p>{html.escape(run.prefix + notes[0])}</p>"
-    times = np.array([[column[step] for step in whole] for column in columns]).cumsum(0)       # (parts, rows)
-    curves = [Curve(run.number, show(key.removeprefix("time_")), k % COLOURS, "area", np.array(whole, np.int64), times[k]) for k, key in enumerate(parts)]
+    times, ends = np.array([[column[step] for step in whole] for column in columns]).cumsum(0), np.array(whole, np.int64)       # (parts, rows), (rows,)
     if len(whole) > MAX_MEANS:
         notes.append(f"means over {len(whole) // MAX_MEANS:,} rows or one more each")
-        curves = [means(curve)._replace(style="area", label=curve.label) for curve in curves]
-    return panel(f"{run.prefix}Time of an update, seconds", curves[::-1], x, cut=False, notes=notes)       # the lower ones are drawn over the higher ones
+        times = np.stack([part.mean(1) for part in np.array_split(times, MAX_MEANS, 1)], 1)
+        ends = np.array([part[-1] for part in np.array_split(ends, MAX_MEANS)])
+    curves = [Curve(run.number, show(key.removeprefix("time_")), k % COLOURS, "area", ends, times[k]) for k, key in enumerate(parts)]
+    return panel(f"{run.prefix}Time of an update, seconds", curves[::-1], x, notes=notes)       # the lower ones are drawn over the higher ones
 
 
 def group(key: str) -> tuple[int, str] | None:
@@ -338,14 +307,14 @@ def group(key: str) -> tuple[int, str] | None:
     words = show(key).replace("_", " ")
     if key == "loss" or key.endswith("_loss"):
         return 0, "Loss"
-    if key in EVENTS or key == "epoch" or key.startswith("time_"):
+    if key in EVENTS or key == "epoch" or key.startswith("time_") or "_mem_" in key:
         return None
     if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")):
         return 1, "Evaluation: " + words.removeprefix("eval ")
     if "memory" in key:
-        return 5, f"Memory, {words.rpartition(' ')[2].upper()}"
-    rank = {"learning_rate": 2, "grad_norm": 3, "tokens_per_second": 4}.get(key, 7)
-    title = {"grad_norm": "Gradient norm before clipping"}.get(key, words + ", seconds" * key.endswith("_runtime"))
+        return 6, f"Memory, {words.rpartition(' ')[2].upper()}"
+    rank = {"learning_rate": 2, "grad_norm": 3, "tokens_per_second": 4, "mfu": 5, "hfu": 5}.get(key, 8)
+    title = {"grad_norm": "Gradient norm before clipping", "mfu": "Share of the peak", "hfu": "Share of the peak"}.get(key, words + ", seconds" * key.endswith("_runtime"))
     return rank, title[:1].upper() + title[1:]
 
 
@@ -355,20 +324,18 @@ def draw_panels(runs: list[History]) -> str:
         for key, (steps, _) in run.series.items():
             if (place := group(key)) and not (is_result(key) and len(steps) == 1):
                 groups.setdefault(place, []).append((run, key))
-    first, last = (end((int(steps[at]) for run in runs for steps, _ in run.series.values()), default=1) for end, at in ((min, 0), (max, -1)))
+    every = np.concatenate([[1] * (not groups), *(steps for run in runs for steps, _ in run.series.values())])
+    first, last = int(every.min()), int(every.max())
     x, figures = Axis(0 if first < 0.2 * last or first == last else first - 1, last + math.ceil(0.01 * last) or 1), {}
-    for place in sorted(groups)[:MAX_PANELS]:
+    for place, drawn in groups.items():
         curves: list[Curve] = []
-        for run, key in groups[place]:
+        for run, key in drawn:
             colour, label = run.number if len(runs) > 1 else len(curves) % COLOURS, run.prefix + show(key)
             curves.append(Curve(run.number, label, colour, "thick" if key.startswith("eval_") else "thin", *run.series[key]))
             if (best := find_best(run)) and best[0] == key:
                 curves.append(Curve(run.number, f"{label}, best", colour, "best", np.array([best[1]]), np.array([best[2]])))
-        marks = [] if figures else [mark for run in runs for mark in mark_events(run)]
-        figures[place] = panel(place[1], curves, x, marks, logs=place[0] == 0, cut=place[0] != 2)
-    figures |= {(6, str(run.number)): stack(run, x) for run in runs if any(key.startswith("time_") for key in run.series)}
-    if len(groups) > MAX_PANELS:
-        figures[8, ""] = f"<p>{len(groups) - MAX_PANELS:,} more pictures are left out, first: {html.escape(sorted(groups)[MAX_PANELS][1])}</p>"
+        figures[place] = panel(place[1], curves, x, [mark for run in runs for mark in mark_events(run)] if place == min(groups) else [])
+    figures |= {(7, str(run.number)): stack(run, x) for run in runs if any(key.startswith("time_") for key in run.series)}
     return "".join(figures[place] for place in sorted(figures)) or "<p>Nothing was logged yet.</p>"
 
 
@@ -409,7 +376,7 @@ def tell_settings(runs: list[History]) -> str:
 def tell_run(run: History) -> str:
     """What to know of a run at first sight."""
     best, speed, loss = find_best(run), run.series.get("tokens_per_second", ((), ()))[1], run.series.get("loss")
-    tiles = {"state": run.about.get("state", "unknown"), "updates": f"{max((int(steps[-1]) for steps, _ in run.series.values()), default=0):,}"}
+    tiles = {"state": run.about.get("state", "unknown"), "updates": f"{max((int(steps.max()) for steps, _ in run.series.values()), default=0):,}"}
     tiles |= {"last loss": f"{loss[1][-1]:.4g}"} if loss else {}
     tiles |= {f"best {show(best[0])}, update {best[1]:,}": f"{best[2]:.4g}"} if best else {}
     tiles |= {"tokens per second, median": f"{np.nanmedian(speed):,.0f}"} if np.isfinite(speed).any() else {}
@@ -424,29 +391,30 @@ def tell_samples(run: History) -> str:
     return f"<h2>Samples of {html.escape(run.name)}, the last {min(len(run.samples), MAX_SAMPLES)} of {len(run.samples):,}</h2>{shown}" if shown else ""
 
 
-def make_page(runs: list[History]) -> str:
+def make_page(runs: list[History], trials: list[list[str]]) -> str:
     names = [run.name for run in runs]
     problems = "".join(f"<li>{html.escape(problem)}</li>" for run in runs for problem in run.problems)
     hide = "".join(f"body:has(#run{k}:not(:checked)) .run{k}{{display:none}}" for k in range(len(runs)))
     saved = [[run.name, f"{step:,}", "" if size is None else f"{size / 1e6:,.2f}", "best" * bool((best := find_best(run)) and best[1] == step),
-              problem or "looks complete"] for run in runs for step, size, problem in run.checkpoints]
+              problem] for run in runs for step, size, problem in run.checkpoints]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{html.escape(", ".join(names))}</title><style>{STYLE}{hide}</style><body><h1>{html.escape(" and ".join(names))}</h1>
 <div class="cards">{"".join(map(tell_run, runs))}</div>
 {f'<div class="warning"><b>To know about these files</b><ul>{problems}</ul></div>' * bool(problems)}
+{f"<h2>Trials of the sweep</h2>{table(trials[0], trials[1:])}" if trials else ""}
 <main>{draw_panels(runs)}</main>
 <div class="columns"><div>{tell_settings(runs)}</div><div><h2>Results</h2>{compare(names, [run.results for run in runs])}</div>
 <div><h2>State and environment</h2>{compare(names, [{key: value for key, value in run.about.items() if value not in (None, "")} for run in runs])}</div>
-<div><h2>Checkpoints</h2>{table(["run", "update", "MB", "", "names and sizes of files"], saved)}
-<small>Contents are not checked here: <code>python -m tools.inspect</code> does that.</small></div></div>
+<div><h2>Checkpoints</h2>{table(["run", "update", "MB", "", "what is wrong"], saved)}
+<small>By names and sizes of files. Contents are not checked here: <code>python -m tools.inspect</code> does that.</small></div></div>
 {"".join(map(tell_samples, runs))}
 <footer>Written by tools/report.py on {time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}. Along x are updates.</footer>
 <script>{SCRIPT}</script></body></html>
 """
 
 
-def main(argv: list[str] | None = None) -> str:
-    """Writes the page; returns its path. Raises UsageError: exit code 2 if a folder holds no run, 5 if the page cannot be written."""
+def main(argv: list[str] | None = None, trials: list[list[str]] = ()) -> str:
+    """Writes the page; returns its path. trials: a table to show with it, its head first. Raises UsageError: exit code 2 if a folder holds no run, 5 if the page cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", nargs="+", help="folder of a run")
     parser.add_argument("--out", help="the file to write [report.html in the first run's folder]")
@@ -462,7 +430,7 @@ def main(argv: list[str] | None = None) -> str:
     out = flags.out or os.path.join(flags.run[0], "report.html")
     try:
         with open(out + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:      # JSON may hold half of a pair of surrogates
-            file.write(make_page(runs))
+            file.write(make_page(runs, trials))
         os.replace(out + ".tmp", out)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error}", 5) from None
@@ -486,10 +454,10 @@ figure{margin:0;background:var(--card);border-radius:6px;padding:12px 16px 10px;
 figure:has(.logbox:checked) .linear,figure:not(:has(.logbox:checked)) .log{display:none}
 .plot span{position:absolute;color:var(--soft);font-size:12px;line-height:1;white-space:nowrap;font-variant-numeric:tabular-nums;pointer-events:none}.plot .y{right:calc(100% + 7px);transform:translateY(-50%)}.plot .x{top:calc(100% + 7px);transform:translateX(-50%)}
 path{fill:none;vector-effect:non-scaling-stroke;stroke-linecap:round;stroke-linejoin:round}.grid{stroke:var(--rule)}
-.line,.dots{stroke:var(--c)}.thin{stroke-width:1.5}.mean{stroke-width:2}.pale{stroke-width:1;stroke-opacity:.3}.thick{stroke-width:2.5}.area{fill:var(--c);stroke:var(--card);stroke-width:1}.dots{stroke-width:6}.best{stroke-width:17;stroke-opacity:.4}
-.mark{stroke:var(--c);stroke-width:7}.nan{stroke:var(--bad);stroke-width:9}.cut{stroke-linecap:square}.skip{stroke:var(--fg);stroke-width:5;stroke-linecap:square}.save{stroke-width:2;stroke-linecap:butt}
+.line,.dots{stroke:var(--c)}.thin{stroke-width:1.5}.pale{stroke-width:1;stroke-opacity:.5}.thick{stroke-width:2.5}.area{fill:var(--c);stroke:var(--card);stroke-width:1}.dots{stroke-width:6}.best{stroke-width:17;stroke-opacity:.4}
+.mark{stroke:var(--c);stroke-width:7}.nan{stroke:var(--bad);stroke-width:9}.skip{stroke:var(--fg);stroke-width:5;stroke-linecap:square}.save{stroke-width:2;stroke-linecap:butt}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;margin:0;font-size:13px}.legend span{overflow-wrap:anywhere}.legend i{display:inline-block;margin-right:7px;vertical-align:middle;width:18px;border-top:2px solid var(--c)}
-.legend .thick{border-top-width:4px}.legend .area,.legend .nan,.legend .skip,.legend .best,.legend .cut{border:0;width:10px;height:10px;background:var(--c)}.legend .nan{background:var(--bad);border-radius:9px}.legend .best{opacity:.45;border-radius:9px;width:13px;height:13px}.legend .cut{width:7px;height:7px}.legend .skip{background:var(--fg);width:7px;height:7px}.legend .save{border:0;width:2px;height:12px;background:var(--c)}
+.legend .thick{border-top-width:4px}.legend .area,.legend .nan,.legend .skip,.legend .best{border:0;width:10px;height:10px;background:var(--c)}.legend .nan{background:var(--bad);border-radius:9px}.legend .best{opacity:.45;border-radius:9px;width:13px;height:13px}.legend .skip{background:var(--fg);width:7px;height:7px}.legend .save{border:0;width:2px;height:12px;background:var(--c)}
 figure small{display:block;margin-top:4px}.columns{columns:440px;column-gap:30px}.columns>div{break-inside:avoid}.columns h2{margin-top:0;padding-top:24px}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:3px 22px 3px 0;border-bottom:1px solid var(--rule);vertical-align:top;max-width:420px;overflow-wrap:break-word}
 th{font-weight:500;color:var(--soft)}details{margin-top:8px}summary{cursor:pointer;color:var(--soft)}pre{background:var(--card);border-radius:6px;padding:10px 14px;margin:0;white-space:pre-wrap;overflow-wrap:anywhere}footer{margin-top:34px}

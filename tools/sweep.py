@@ -7,7 +7,8 @@ SPACE.py, or a module, has a function that suggests flags by name; the flags aft
     def space(trial):
         return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)}
 
-A trial's value is the last --metric in its metrics.jsonl. After a kill at any instant the same command goes on, and what was running is resumed from its
+A trial's value is the last --metric in its metrics.jsonl. At the end the folder has a table, sweep.md, the same as sweep.json, and report.html, which
+compares the best trials. After a kill at any instant, of the sweep or of one trial, the same command goes on, and what was running is resumed from its
 newest checkpoint; on a second terminal it is one more worker. Needs: pip install optuna
 """
 from __future__ import annotations
@@ -17,50 +18,54 @@ import contextlib
 import ctypes
 import fcntl
 import importlib
-import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import runpy
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from args import parse_args
 from callbacks import Callback
-from state import UsageError, run_main
+from state import TrainState, UsageError, run_main
 
 PRUNERS = {"none": "NopPruner", "median": "MedianPruner", "halving": "SuccessiveHalvingPruner"}
-CHILD = "import sys; from tools.sweep import end_with_parent, train_trial; end_with_parent(train_trial, *sys.argv[1:])"
-STOPPED = (5, 75, 130, 138, 143, -signal.SIGINT, -signal.SIGTERM)      # a full disk, --max_time or a signal: nothing that a trial's flags did
+CHILD = "import sys; from tools.sweep import end_with_parent, train_trial; end_with_parent(int(sys.argv[1]), train_trial, *sys.argv[2:])"
+# a full disk, --max_time or a signal: nothing that a trial's flags did, though with SIGKILL the kernel ends what takes too much memory, too
+STOPPED = (5, 75, 130, 138, 143, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
 POLL_S = 0.5
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Runs or continues a sweep; the rows of its table. Raises UsageError for mistakes before any training, and (exit code 1) if no trial was completed."""
+    """Runs or continues a sweep; a dict of each trial. Raises UsageError for mistakes before any training, and (exit code 1) if no trial was completed."""
     argv = sys.argv[1:] if argv is None else argv
     flags, study = open_sweep(argv)
     start = multiprocessing.get_context("spawn").Process
-    others = [start(target=end_with_parent, args=(work, argv)) for _ in range(flags.workers - 1)]
-    for process in others:
-        process.start()
-    work(argv)
-    for process in others:
-        process.join()
+    others = [start(target=end_with_parent, args=(os.getpid(), work, argv)) for _ in range(flags.workers - 1)]
+    with contextlib.ExitStack() as stack:
+        for process in others:
+            process.start()
+            stack.callback(process.join)
+        work(argv)
+    if codes := [process.exitcode for process in others if process.exitcode]:
+        print(f"warning: {len(codes)} of {flags.workers} workers ended early, exit code {codes[0]}, as told above; the others did its trials", file=sys.stderr)
     with locked(flags.folder):
-        rows, best = write_table(flags, study)
+        trials, best = write_table(flags, study)
     print(Path(flags.folder, "sweep.md").read_text())
     if not best:
-        raise UsageError(f"none of {len(rows)} trials was completed; the first: {rows[0]['reason']}", 1)
+        raise UsageError(f"none of {len(trials)} trials was completed; the first: {trials[0]['reason']}", 1)
     if flags.report:
         from tools.report import main as report
-        report([*(row["folder"] for row in best[:3]), "--out", os.path.join(flags.folder, "report.html")])
-    return rows
+        with locked(flags.folder):
+            report([*(trial["folder"] for trial in best[:4]), "--out", os.path.join(flags.folder, "report.html")], lay_out(flags, trials))
+    return trials
 
 
 def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -75,7 +80,7 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--direction", choices=("minimize", "maximize"), default="minimize", help="[%(default)s]")
     parser.add_argument("--pruner", choices=PRUNERS, default="median", help="stops trials that are worse than the median, or not of the best quarter [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the suggestions [%(default)s]")
-    parser.add_argument("--report", action="store_true", help="compare the best three trials in report.html")
+    parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="at the end compare the best four trials in report.html")
     end = argv.index("--") if "--" in argv else len(argv)
     return parser.parse_args(argv[:end]), argv[end + 1:]
 
@@ -85,64 +90,75 @@ def check(flags: argparse.Namespace, given: list[str]) -> argparse.Namespace:
     them, with the flags given to all trials, and with suggestions as far as one of them shows it."""
     if min(flags.trials, flags.workers) < 1 or flags.seed < 0:
         raise UsageError(f"--trials {flags.trials} --workers {flags.workers} --seed {flags.seed}: expected at least one trial and worker, and no negative seed")
-    try:
-        found = vars(load_file(flags.space) if flags.space.endswith(".py") else importlib.import_module(flags.space))
-        task = vars(importlib.import_module(flags.task))
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        raise UsageError(f"{flags.space} and --task {flags.task} have to be there: {error}") from None
-    if "space" not in found or "run" not in task:
+    space, task = load(flags.space), load(flags.task)
+    if "space" not in space or "run" not in task:
         raise UsageError(f"{flags.space} needs a function space(trial), and --task {flags.task} a function run(argv, **parts): one is missing")
     import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    flags.suggest, defaults = found["space"], task.get("FLAGS", "")
+    flags.suggest, metric = space["space"], "eval_" + flags.metric.removeprefix("eval_")
     words = suggested_words(flags.suggest, optuna.create_study(sampler=optuna.samplers.RandomSampler(flags.seed)).ask())
-    names, own = [word.partition("=")[0] for word in given], ["--output_dir", "--resume_from_checkpoint"]
-    if twice := sorted({*names} & {*own, *words[::2]} | {*own} & {*words[::2]}):
-        raise UsageError(f"{', '.join(twice)} cannot be given: the sweep sets the folders of its trials, and the space what it suggests")
-    metric = "eval_" + flags.metric.removeprefix("eval_")
-    if "--metric_for_best_model" not in [*names, *defaults.split()]:        # by which the trainer looks, before it trains, whether there is such a metric
-        given = [*given, "--metric_for_best_model", metric, "--greater_is_better", str(flags.direction == "maximize")]
-    args = parse_args([*given, *words], defaults)
-    if args.eval_strategy == "no" or not args.trains:
-        raise UsageError("a sweep compares trials by evaluations while they train: give --eval_strategy steps or epoch after --")
-    flags.about = {"space": Path(found["__file__"]).read_text(), "task": flags.task, "flags": given, "metric": metric,
-                   "direction": flags.direction, "pruner": flags.pruner, "seed": flags.seed}
+    flags.about = {"space": Path(space["__file__"]).read_text(), "task": flags.task, "flags": complete(given, words, task, metric, flags.direction),
+                   "metric": metric, "direction": flags.direction, "pruner": flags.pruner, "seed": flags.seed}
     return flags
 
 
-def load_file(path: str):
-    """The user's own program, as a module that nobody else imports by its name."""
-    spec = importlib.util.spec_from_file_location("space_of_sweep", path)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
+def load(name: str) -> dict:
+    """What a module has, by its name or as the path of a file ending in .py. Raises UsageError for whatever the user's program raises."""
+    try:
+        return runpy.run_path(name) if name.endswith(".py") else vars(importlib.import_module(name))
+    except Exception as error:
+        raise UsageError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def suggested_words(space: Callable, trial) -> list[str]:
-    """What a space suggests, as --name, value, --name, value, ..."""
-    values = space(trial)
+    """What a space suggests, as --name, value, --name, value, ... Raises UsageError for whatever the user's function raises."""
+    try:
+        values = space(trial)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[:2][-1]       # in the function, or its call
+        raise UsageError(f"{place.filename}, line {place.lineno}: space(trial) raised {type(error).__name__}: {error}. When it is corrected the same command "
+                         f"goes on, if names, kinds and choices are still those of the trials before; else give a new --folder") from error
     if not isinstance(values, dict):
         raise UsageError(f"space(trial) returned a {type(values).__name__}; expected a dict of flags, as {{'learning_rate': 0.001}}")
     return [word for name, value in values.items() for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))]
 
 
-def open_sweep(argv: list[str]):
-    """(flags, study), which is made if the folder has none. Raises UsageError if it has another sweep's.
+def complete(given: list[str], words: list[str], task: dict, metric: str, direction: str) -> list[str]:
+    """The flags of all trials: those given, and the metric if they do not say one. Raises UsageError if they, with some suggested words, are no command of
+    the task for a sweep."""
+    defaults = task.get("FLAGS", "")
+    names, own = [word.partition("=")[0] for word in given], ["--output_dir", "--resume_from_checkpoint"]
+    if twice := sorted({*names} & {*own, *words[::2]} | {*own} & {*words[::2]}):
+        raise UsageError(f"{', '.join(twice)} cannot be given: the sweep sets the folders of its trials, and the space what it suggests")
+    if "--metric_for_best_model" not in [*names, *defaults.split()]:        # by which the trainer looks, before it trains, whether there is such a metric
+        given = [*given, "--metric_for_best_model", metric, "--greater_is_better", str(direction == "maximize")]
+    args = parse_args([*given, *words], defaults)
+    if args.eval_strategy == "no" or not args.trains:
+        raise UsageError("a sweep compares trials by evaluations while they train: give --eval_strategy steps or epoch after --")
+    return given
 
-    In SQLite changes are transactions, and a lock goes with the process that held it. Optuna's journal file keeps the lock of a process that was killed for
-    30 s, and half of its last line for ever, so that nobody can read on."""
+
+def open_sweep(argv: list[str]):
+    """(flags, study), which is made if the folder has none. Raises UsageError if it has another sweep's. A space may have been corrected."""
     import optuna
     flags = check(*read_command(argv))
     os.makedirs(flags.folder, exist_ok=True)
     with locked(flags.folder):
-        storage = optuna.storages.RDBStorage(f"sqlite:///{flags.folder}/study.db", engine_kwargs={"connect_args": {"timeout": 60}})
-        study = optuna.create_study(storage=storage, study_name="sweep", direction=flags.direction, load_if_exists=True,
-                                    pruner=getattr(optuna.pruners, PRUNERS[flags.pruner])())
-        if "about" not in study.user_attrs:
-            study.set_user_attr("about", flags.about)
-    before = study.user_attrs["about"]
-    if changed := [f"{name} was {before[name]!r} and is {value!r}" for name, value in flags.about.items() if before[name] != value]:
-        raise UsageError(f"--folder {flags.folder} has another sweep, give a new one: {'; '.join(changed)}")
+        study = optuna.create_study(storage=open_storage(flags.folder), study_name="sweep", direction=flags.direction, load_if_exists=True)
+        before = study.user_attrs.get("about", flags.about)
+        if changed := [f"{name} was {before[name]!r} and is {value!r}" for name, value in flags.about.items() if before[name] != value and name != "space"]:
+            raise UsageError(f"--folder {flags.folder} has another sweep, give a new one: {'; '.join(changed)}")
+        if before["space"] != flags.about["space"]:
+            print(f"note: {flags.space} has changed; trials that have begun keep their flags", file=sys.stderr)
+        study.set_user_attr("about", flags.about)
     return flags, study
+
+
+def open_storage(folder: str):
+    """In SQLite changes are transactions, and a lock goes with the process that held it. Optuna's journal file keeps the lock of a process that was killed
+    for 30 s, and half of its last line for ever, so that nobody can read on."""
+    import optuna
+    return optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db", engine_kwargs={"connect_args": {"timeout": 60}})
 
 
 @contextlib.contextmanager
@@ -186,10 +202,12 @@ def take(flags: argparse.Namespace, study):
         time.sleep(POLL_S)
 
 
-def end_with_parent(function: Callable, *args) -> None:
-    """A process's main function. When its parent is gone, it gets SIGTERM, so that what trains saves first."""
+def end_with_parent(parent: int, function: Callable, *args) -> None:
+    """A process's main function. parent: the id of the process that started it. When that is gone, this one gets SIGTERM, so that what trains saves first."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
+    if os.getppid() != parent:      # it was gone before that
+        sys.exit(128 + signal.SIGTERM)
     run_main(function, *args)
 
 
@@ -205,97 +223,107 @@ def run_trial(flags: argparse.Namespace, study, trial, log) -> None:
     """Trains, and tells Optuna how it ended. Two ends leave the trial to be done: SystemExit if it was stopped, and UsageError if the trainer refuses its
     flags (exit code 2) and no trial has worked yet: then it is the command that is wrong, and not the suggestion."""
     from optuna.trial import TrialState
-    metric, folder, words = flags.about["metric"], os.path.join(flags.folder, f"trial-{trial.number}"), suggested_words(flags.suggest, trial)
-    argv = [*flags.about["flags"], *words, "--output_dir", folder]
+    number, begun = trial.number, trial.user_attrs.get("suggested")
+    words = suggested_words(flags.suggest, trial) if begun is None else shlex.split(begun)
+    argv = [*flags.about["flags"], *words]
     trial.set_user_attr("suggested", shlex.join(words))
     trial.set_user_attr("command", command := shlex.join(["python", "-m", flags.task, *argv]))
-    print(f"trial {trial.number}: {command}", flush=True)
-    code = train_in_process(trial, [metric, str("pruned" in trial.user_attrs), flags.task, *argv, "--resume_from_checkpoint", "auto"], log)
-    last = next(filter(None, reversed(Path(log.name).read_text(errors="replace").split("\n"))), "")
-    reason = f"exit code {code}: {last}" if code > 0 else f"ended by {signal.Signals(-code).name}" if code < 0 else ""
+    print(f"trial {number}: {command}", flush=True)
+    code = train_in_process(flags.folder, number, argv, log)
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if code in STOPPED:
-        print(f"trial {trial.number} was stopped, exit code {code} (see {log.name}); the same command goes on with it", file=sys.stderr)
+        give_up = f"; or, if it takes too much memory each time, give it up: optuna tell --storage sqlite:///{flags.folder}/study.db --study-name sweep " \
+                  f"--trial-number {number} --state fail"
+        print(f"trial {number} was stopped, {how} (see {log.name}); the same command goes on with it{give_up * (code == -signal.SIGKILL)}", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
+    last = next(filter(None, reversed(Path(log.name).read_text(errors="replace").split("\n"))), "")
     if code == 2 and not study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        raise UsageError(f"trial {trial.number} was refused, and none has worked yet: {last.removeprefix('error: ')} (all of it: {log.name}); "
+        raise UsageError(f"trial {number} was refused, and none has worked yet: {last.removeprefix('error: ')} (all of it: {log.name}); "
                          f"a corrected sweep needs a new --folder")
-    value = last_value(folder, metric)
-    if not reason and (value is None or math.isnan(value)):
-        reason = f"no evaluation in {folder}/metrics.jsonl gave {metric}" if value is None else f"{metric} is NaN"
-    state = TrialState.FAIL if reason else TrialState.PRUNED if "pruned" in trial.user_attrs else TrialState.COMPLETE
+    settle(flags, study, trial, f"{how}: {last}" if code > 0 else how if code else "")
+
+
+def settle(flags: argparse.Namespace, study, trial, reason: str) -> None:
+    """Tells Optuna the value of a trial that has ended, or the reason why it failed."""
+    from optuna.trial import TrialState
+    number, metric = trial.number, flags.about["metric"]
+    rows = TrainState(log_path=os.path.join(flags.folder, f"trial-{number}", "metrics.jsonl")).log_history
+    value = next((row[metric] for row in reversed(rows) if metric in row), None)
+    reason = reason or (f"no evaluation in metrics.jsonl gave {metric}" if value is None else f"{metric} is NaN" if math.isnan(value) else "")
+    pruned = "pruned" in study.get_trials()[number].user_attrs      # which the trial's own process has set
+    state = TrialState.FAIL if reason else TrialState.PRUNED if pruned else TrialState.COMPLETE
     with locked(flags.folder):
         trial.set_user_attr("reason", reason)
-        study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
+        study.tell(number, value if state == TrialState.COMPLETE else None, state=state)
         write_table(flags, study)
-    print(f"trial {trial.number}: {state.name.lower()}, {reason or f'{metric} {value:.6g}'}", flush=True)
+    print(f"trial {number}: {state.name.lower()}, {reason or f'{metric} {value:.6g}'}", flush=True)
 
 
-def train_in_process(trial, words: list[str], log) -> int:
-    """The exit code of a trial's process, which is answered after each of its evaluations whether to stop. Ctrl-C reaches it too, and it saves, so this one
-    waits for it."""
+def train_in_process(folder: str, number: int, argv: list[str], log) -> int:
+    """The exit code of a trial's process. Ctrl-C reaches it too, and it saves, so this one waits for it."""
     before = signal.signal(signal.SIGINT, lambda *_: None)
-    ours, theirs = socket.socketpair()
     try:
-        with theirs:
-            child = subprocess.Popen([sys.executable, "-c", CHILD, str(theirs.fileno()), *words], stdout=log, stderr=log, pass_fds=[theirs.fileno()])
-        with contextlib.suppress(ConnectionError), ours, ours.makefile("rw") as channel:      # if it is killed, its exit code tells
-            for line in channel:
-                value, step, last = json.loads(line)
-                trial.report(value, step)
-                if not last and trial.should_prune():
-                    trial.set_user_attr("pruned", step)
-                channel.write(json.dumps("pruned" in trial.user_attrs) + "\n")
-                channel.flush()
-        return child.wait()
+        return subprocess.call([sys.executable, "-c", CHILD, str(os.getpid()), folder, str(number), *argv], stdout=log, stderr=log)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def train_trial(channel: str, metric: str, pruned: str, task: str, *argv: str) -> None:
+def train_trial(folder: str, number: str, *argv: str) -> None:
     """What a trial's process runs: the task's ordinary program, with one callback more."""
-    pruning = Pruning(socket.socket(fileno=int(channel)).makefile("rw"), metric, pruned == "True")
-    importlib.import_module(task).run(list(argv), callbacks=[pruning])
+    import optuna
+    study = optuna.load_study(study_name="sweep", storage=open_storage(folder))
+    about = study.user_attrs["about"]
+    study.pruner = getattr(optuna.pruners, PRUNERS[about["pruner"]])()
+    trial = optuna.trial.Trial(study, study.get_trials()[int(number)]._trial_id)
+    own = ["--output_dir", os.path.join(folder, f"trial-{number}"), "--resume_from_checkpoint", "auto"]
+    importlib.import_module(about["task"]).run([*argv, *own], callbacks=[Pruning(trial, about["metric"])])
 
 
 class Pruning(Callback):
-    """Tells the worker the metric of each evaluation while training, and asks to stop if it answers that Optuna gives the trial up."""
+    """Reports the metric of each evaluation while training to Optuna, and asks to stop if it gives the trial up."""
 
-    def __init__(self, channel, metric: str, pruned: bool = False):
-        self.channel, self.metric, self.has_stopped = channel, metric, pruned
+    def __init__(self, trial, metric: str):
+        self.trial, self.metric = trial, metric
+
+    @property
+    def has_stopped(self) -> bool:
+        return "pruned" in self.trial.user_attrs
 
     def on_train_begin(self, args, state, control, **kwargs):
-        control.should_training_stop |= self.has_stopped        # before its worker was killed
+        control.should_training_stop |= self.has_stopped        # before it was started again
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if self.metric in metrics and state.in_training and state.is_world_process_zero:
-            self.channel.write(json.dumps([metrics[self.metric], state.global_step, state.global_step >= state.max_steps]) + "\n")
-            self.channel.flush()
-            self.has_stopped = json.loads(self.channel.readline())
-            control.should_training_stop |= self.has_stopped
-
-
-def last_value(folder: str, metric: str) -> float | None:
-    path = Path(folder, "metrics.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return next((row[metric] for row in reversed(rows) if metric in row), None)
+        from optuna.exceptions import StorageInternalError
+        if self.metric not in metrics or not state.in_training:
+            return
+        try:
+            self.trial.report(metrics[self.metric], state.global_step)
+            if state.global_step < state.max_steps and self.trial.should_prune():
+                self.trial.set_user_attr("pruned", state.global_step)
+        except StorageInternalError as error:
+            raise UsageError(f"the sweep's study.db cannot be written: {error.__cause__}", 5) from error
+        control.should_training_stop |= self.has_stopped
 
 
 def write_table(flags: argparse.Namespace, study) -> tuple[list[dict], list[dict]]:
     """(all trials, completed ones with the best first), also written to sweep.json and, as a table, sweep.md."""
-    rows = [{"trial": t.number, "state": t.state.name.lower(), "value": t.value, "suggested": t.user_attrs.get("suggested", ""), "params": t.params,
-             "seconds": None if t.duration is None else t.duration.total_seconds(), "reason": t.user_attrs.get("reason", ""),
-             "folder": os.path.join(flags.folder, f"trial-{t.number}"), "command": t.user_attrs.get("command", "")} for t in study.get_trials()]
-    best = sorted((row for row in rows if row["state"] == "complete"), key=lambda row: row["value"], reverse=flags.direction == "maximize")
-    lines = [f"| trial | state | {flags.about['metric']} | suggested | seconds | |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        value, seconds = ("" if row[name] is None else format(row[name], digits) for name, digits in (("value", ".6g"), ("seconds", ".0f")))
-        lines.append(f"| {row['trial']} | {row['state']} | {value} | {row['suggested']} | {seconds} | {row['reason'].replace('|', '/')} |")
-    lines += ["", f"The best is trial {best[0]['trial']}:", "", f"    {best[0]['command']}"] if best else []
-    summary = {**flags.about, "best": best[0]["trial"] if best else None, "trials": rows}
+    trials = [{"trial": t.number, "state": t.state.name.lower(), "value": t.value, "params": t.params, "folder": os.path.join(flags.folder, f"trial-{t.number}"),
+               **{name: t.user_attrs.get(name, "") for name in ("suggested", "reason", "command")}} for t in study.get_trials()]
+    best = sorted((trial for trial in trials if trial["state"] == "complete"), key=lambda trial: trial["value"], reverse=flags.direction == "maximize")
+    head, *rows = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in lay_out(flags, trials))
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    lines += ["", f"The best is trial {best[0]['trial']}. To train it again, in a folder of its own (--output_dir):", "", f"    {best[0]['command']}"] if best else []
+    summary = {**flags.about, "best": best[0]["trial"] if best else None, "trials": trials}
     for path, text in ((Path(flags.folder, "sweep.json"), json.dumps(summary, indent=1)), (Path(flags.folder, "sweep.md"), "\n".join(lines))):
         path.with_suffix(".tmp").write_text(text + "\n")
         path.with_suffix(".tmp").replace(path)
-    return rows, best
+    return trials, best
+
+
+def lay_out(flags: argparse.Namespace, trials: list[dict]) -> list[list[str]]:
+    """The table of a sweep, its head first."""
+    return [["trial", "state", flags.about["metric"], "suggested", "why"],
+            *([str(t["trial"]), t["state"], "" if t["value"] is None else f"{t['value']:.6g}", t["suggested"], t["reason"]] for t in trials)]
 
 
 if __name__ == "__main__":
