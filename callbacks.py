@@ -309,12 +309,14 @@ class ProgressCallback(Callback):
         if not self.warned and logs.get("time_data", 0) > max(0.2 * step_s, 1e-3):
             self.warned = True
             tqdm.write(f"note: the training data takes {logs['time_data'] / step_s:.0%} of the time of an update: raise --dataloader_num_workers, or make samples faster")
-        shown = sorted(((k, v) for k, v in logs.items() if not k.startswith(("time_", "memory_"))), key=lambda item: isinstance(item[1], str))      # text last
+        speed = "tokens_per_second" if "tokens_per_second" in logs else "samples_per_second"
+        shown = [(k, v) for k, v in logs.items() if k == speed or not k.startswith(("time_", "memory_", "samples_per", "steps_per"))]
+        shown.sort(key=lambda item: isinstance(item[1], str))      # text last
         line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {show(v)}" for k, v in shown)
         on_bar = "loss" in logs and not self.bar.disable
         if on_bar:
             self.bar.set_postfix_str(f"loss {show(logs['loss'])} norm {show(logs['grad_norm'])} lr {show(logs['learning_rate'])} "
-                                     f"{show(logs.get('tokens_per_second'))} tokens/s")
+                                     f"{show(logs.get(speed))} {speed.partition('_')[0]}/s")
         if not on_bar or not sys.stdout.isatty():       # a file has all of them
             tqdm.write(line)        # above the bars, if there are any
             sys.stdout.flush()

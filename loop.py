@@ -233,7 +233,7 @@ class Meter:
         self.began = time.perf_counter()
         run.world.memory.start("train")
         self.first_step, self.first_sample = run.state.global_step, run.state.total_samples
-        self.since_step, self.since_tokens = self.first_step, run.state.num_input_tokens_seen       # the last log of this start
+        self.since_step, self.since_samples, self.since_tokens = self.first_step, self.first_sample, run.state.num_input_tokens_seen   # the last log
         self.saver = Saver(run)
         self.last_end, self.longest_update = time.monotonic(), 0.0       # for --max_time
 
@@ -262,7 +262,8 @@ class Meter:
                 row[name] = count
             setattr(state, f"recent_{name}", getattr(state, name))
         if updates:         # else they were made before this start
-            row["tokens_per_second"] = tokens / training
+            row |= {"tokens_per_second": tokens / training} if tokens else {}
+            row |= {"samples_per_second": (state.total_samples - self.since_samples) / training, "steps_per_second": updates / training}
             if args.peak_flops is not None:     # recomputed operations are counted too, so it is the hardware's use then (Chowdhery et al. 2022, appendix B)
                 used = state.flops_per_token * tokens / training / (args.peak_flops * self.run.world.world_size)
                 row["hfu" if args.activation_checkpointing else "mfu"] = used or None       # of data without input_ids it is not known
@@ -270,7 +271,7 @@ class Meter:
         row |= memory(self.run.world.device)
         losses.clear()
         state.last_logged_step = self.since_step = state.global_step
-        self.since_tokens = state.num_input_tokens_seen
+        self.since_samples, self.since_tokens = state.total_samples, state.num_input_tokens_seen
         return row
 
     def save(self, last: bool = False) -> None:

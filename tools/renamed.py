@@ -17,7 +17,7 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "split_batches": "batch sizes are per rank", "accelerator_config": "batch sizes are per rank; see data.py", "adafactor": "use --optim",
     "average_tokens_across_devices": "the loss is always averaged over the items of all ranks", "push_to_hub_token": "log in with huggingface_hub",
     "restore_callback_states_from_checkpoint": "callbacks are always restored", "ignore_data_skip": "resume always goes on with the next sample",
-    "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "include_tokens_per_second": "tokens_per_second is in every log",
+    "logging_nan_inf_filter": "non-finite losses are always shown, as nan_steps", "include_tokens_per_second": "tokens_per_second is in every log where there are input_ids",
     "save_safetensors": "checkpoints are always safetensors",
     "batch_eval_metrics": "give compute_metrics as an object with reset, update and compute: it sees the data batch by batch",
     "include_for_metrics include_inputs_for_metrics": "a predict_fn returns all that metrics need", "use_legacy_prediction_loop": "there is one loop, evalloop.py",

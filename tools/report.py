@@ -313,7 +313,7 @@ def group(key: str) -> tuple[int, str] | None:
         return 1, "Evaluation: " + words.removeprefix("eval ")
     if "memory" in key:
         return 6, f"Memory, {words.rpartition(' ')[2].upper()}"
-    rank = {"learning_rate": 2, "grad_norm": 3, "tokens_per_second": 4, "mfu": 5, "hfu": 5}.get(key, 8)
+    rank = {"learning_rate": 2, "grad_norm": 3, "tokens_per_second": 4, "samples_per_second": 4.5, "mfu": 5, "hfu": 5}.get(key, 8)
     title = {"grad_norm": "Gradient norm before clipping", "mfu": "Share of the peak", "hfu": "Share of the peak"}.get(key, words + ", seconds" * key.endswith("_runtime"))
     return rank, title[:1].upper() + title[1:]
 
@@ -375,11 +375,12 @@ def tell_settings(runs: list[History]) -> str:
 
 def tell_run(run: History) -> str:
     """What to know of a run at first sight."""
-    best, speed, loss = find_best(run), run.series.get("tokens_per_second", ((), ()))[1], run.series.get("loss")
+    best, speed, loss = find_best(run), next((key for key in ("tokens_per_second", "samples_per_second") if key in run.series), None), run.series.get("loss")
     tiles = {"state": run.about.get("state", "unknown"), "updates": f"{max((int(steps.max()) for steps, _ in run.series.values()), default=0):,}"}
     tiles |= {"last loss": f"{loss[1][-1]:.4g}"} if loss else {}
     tiles |= {f"best {show(best[0])}, update {best[1]:,}": f"{best[2]:.4g}"} if best else {}
-    tiles |= {"tokens per second, median": f"{np.nanmedian(speed):,.0f}"} if np.isfinite(speed).any() else {}
+    if speed and np.isfinite(run.series[speed][1]).any():
+        tiles[f"{speed.replace('_', ' ')}, median"] = f"{np.nanmedian(run.series[speed][1]):,.0f}"
     shown = "".join(f"<div><b>{html.escape(show(value))}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
     switch = f'<h2><label><input type="checkbox" id="run{run.number}" checked>{html.escape(run.name)}</label></h2>' * bool(run.prefix)
     return f'<section class="card" style="--c:var(--c{run.number})">{switch}<div class="tiles">{shown}</div></section>'
