@@ -18,7 +18,7 @@ import sys
 import time
 
 from state import UsageError
-from storage import PLAIN_NAME, describe_file, read_json, reading, show
+from storage import PLAIN_NAME, describe_file, read_json, reading, replace_json, show
 from world import World
 
 FORMAT = 5     # of the folder, in its manifest
@@ -295,12 +295,9 @@ def write_status(output_dir: str, world: World, **changes) -> None:
     """Tells others how the run is: {"state": "running" | "finished" | "stopped" | "failed", "step", "reason", "exit"}, and until it
     is finished when its job was started, and the number that torchrun gave the job."""
     world.status.update(changes)
-    path = os.path.join(output_dir, "status.json")
     if world.is_main:
         with contextlib.suppress(OSError):      # a full disk has been told of already, and must not hide the reason
-            with open(path + ".tmp", "w") as file:
-                json.dump(world.status, file)
-            os.replace(path + ".tmp", path)
+            replace_json(os.path.join(output_dir, "status.json"), world.status)
 
 
 def read_status(output_dir: str) -> dict:

@@ -145,6 +145,13 @@ def read_json(folder: str, name: str) -> dict:
     return content
 
 
+def replace_json(path: str, content: dict, **options) -> None:
+    """Who reads the file finds the old content or the new, and never a half."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, **options)
+    os.replace(path + ".tmp", path)
+
+
 def show(value) -> str:
     """A value out of a file for a message: it may be of any length, and not printable."""
     return ascii(str(value)[:200])[1:-1]

@@ -95,12 +95,15 @@ class World:
             dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Those of all ranks, of any lengths."""
+        sizes = self.gather(torch.tensor(len(data))).tolist()
+        padded = torch.frombuffer(bytearray(data.ljust(max(sizes), b"\0")), dtype=torch.uint8)
+        return [row[:size].numpy().tobytes() for row, size in zip(self.gather(padded), sizes)]
+
     def gather_json(self, value) -> list:
         """JSON values of all ranks, the same list on every rank."""
-        text = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
-        sizes = self.gather(torch.tensor(len(text)))
-        padded = torch.nn.functional.pad(text, (0, int(sizes.max()) - len(text)))
-        return [json.loads(bytes(row[:size].numpy())) for row, size in zip(self.gather(padded), sizes.tolist())]
+        return [json.loads(data) for data in self.gather_bytes(json.dumps(value).encode())]
 
     def raise_together(self, error: Exception | None) -> None:
         """Raises on every rank if any rank has an error: its own, or one that tells the first one's, with the same exit code."""
