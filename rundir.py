@@ -58,19 +58,15 @@ def find_checkpoint(args, world: World) -> str | None:
         if path == wanted and world.gather_json(is_of_hf_trainer(path))[0]:
             if not args.trains:
                 raise UsageError(f"{path} is of the HF Trainer: to evaluate it, first make a run of it, python -m tools.convert from-hf {path} DIR", 3)
-            write_status(output_dir, world, job=job)
-            return path         # train.assemble takes it over, when it knows model and data
+            break       # train.assemble takes it over, when it knows model and data
         problem, is_damaged = find_damage(path, world, args.save_on_each_node, only_model=not args.trains)
         if problem is None:
             with world.writing(output_dir):
                 if world.writes:
                     os.makedirs(output_dir, exist_ok=True)
-                for old in damaged if args.trains else ():
-                    if world.writes and os.path.lexists(old):
+                    for old in filter(os.path.lexists, damaged):
                         os.rename(old, unused_path(os.path.join(output_dir, f"damaged-{os.path.basename(old)}")))
-            if args.trains:
-                write_status(output_dir, world, job=job)
-            return path
+            break
         if path == wanted and not restarted:
             raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
         if not args.trains:     # an older one would have other results
@@ -78,14 +74,17 @@ def find_checkpoint(args, world: World) -> str | None:
         if world.is_main:
             print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
         damaged += [path] if is_damaged else []
-    if not args.trains:
-        raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{' of a best update' * args.load_best_model_at_end} in "
-                         f"{output_dir}: give --resume_from_checkpoint PATH, or --do_train to train first", 3)
-    if candidates or (wanted or "").lower() == "true":
-        raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
-                         f"give the path of one, or start a new run in another --output_dir", 3)
-    write_status(output_dir, world, job=job)
-    return None
+    else:
+        path = None
+        if not args.trains:
+            raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{' of a best update' * args.load_best_model_at_end}"
+                             f" in {output_dir}: give --resume_from_checkpoint PATH, or --do_train to train first", 3)
+        if candidates or (wanted or "").lower() == "true":
+            raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
+                             f"give the path of one, or start a new run in another --output_dir", 3)
+    if args.trains:
+        write_status(output_dir, world, job=job)
+    return path
 
 
 def list_candidates(args, restarted: bool) -> list[str]:

@@ -48,6 +48,15 @@ def plan_json(content: dict) -> FilePlan:
     return FilePlan(text, len(text), [])
 
 
+def read_plan(path: str) -> FilePlan:
+    """A small file as it is."""
+    if not os.path.isfile(path) or os.path.islink(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
+        raise UsageError(f"{path}: a checkpoint holds only plain files, of names of letters, digits, and _.-; of a processing_class too")
+    with open(path, "rb") as file:
+        content = file.read()
+    return FilePlan(content, len(content), [])
+
+
 def plan_tensors(tensors: dict[str, Tensor], mine: dict[str, tuple[Tensor, int]] | None = None, shared: bool = False, **metadata: str) -> FilePlan:
     """A file of tensors in the safetensors format. mine: what this rank writes of them, and from which element on (default: all)."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
@@ -66,17 +75,13 @@ def plan_tensors(tensors: dict[str, Tensor], mine: dict[str, tuple[Tensor, int]]
     return FilePlan(len(text).to_bytes(8, "little") + text, data + end, sorted(places, key=lambda place: place[1]), shared)
 
 
-def create_file(path: str, plan: FilePlan) -> None:
-    with open(path, "xb") as file:
-        file.write(plan.header)
-        file.truncate(plan.size)
-
-
 def write_file(path: str, plan: FilePlan, wrote: Callable[[int], object] = lambda size: None) -> dict:
-    """Writes a file, or this rank's tensors into a shared one, and forces it to the disk. Returns its size and SHA-256, which
+    """Writes a file, or this rank's tensors into a shared one that is there, and forces it to the disk. Returns its size and SHA-256, which
     is worked out beside the writing; of a shared one it means nothing. wrote: is told of each piece how many bytes it has."""
     digest = hashlib.sha256()
     with open(path, "r+b" if plan.shared else "xb") as file, ThreadPoolExecutor(1) as beside:
+        if not plan.shared:
+            file.truncate(plan.size)
         header = [] if plan.shared else [(0, memoryview(plan.header))]
         for position, data in chain(header, ((at, as_bytes(tensor)) for _, at, tensor in plan.tensors)):
             for start in range(0, len(data), CHUNK_BYTES):
