@@ -31,9 +31,11 @@ def adapt(model: nn.Module, args) -> None:
     if args.lora_adapter is not None:
         add_lora(model, Lora.from_peft(args.lora_adapter), args.lora_base)
     elif args.lora_rank is not None:
-        lora = Lora.from_args(args)
-        if isinstance(lora.target_modules, list) and (unknown := [end for end in lora.target_modules if not any(matches(name, [end]) for name, _ in model.named_modules())]):
-            raise UsageError(f"--lora_target_modules {args.lora_target_modules}: no module has a name that ends in {', '.join(unknown)}; {linear_ends(model)}")
+        lora, names = Lora.from_args(args), [name for name, _ in model.named_modules()]
+        targets = lora.target_modules if isinstance(lora.target_modules, list) else []
+        if unknown := [end for end in targets if not any(matches(name, [end]) for name in names)]:
+            raise UsageError(f"--lora_target_modules {args.lora_target_modules}: no module has a name that ends in {', '.join(unknown)}; "
+                             f"{linear_ends(model)}")
         add_lora(model, lora, args.lora_base)
     if args.neftune_noise_alpha is not None:
         add_neftune(model, args.neftune_noise_alpha)
@@ -64,10 +66,9 @@ class Lora:
     @classmethod
     def from_args(cls, args) -> Lora:
         targets = args.lora_target_modules
-        if targets is not None and re.fullmatch(r"[\w., -]+", targets):
-            targets = names_in(targets)
-        return cls(args.lora_rank, args.lora_rank if args.lora_alpha is None else args.lora_alpha, args.lora_dropout, targets,
-                   names_in(args.lora_modules_to_save), args.lora_bias, args.use_rslora)
+        pattern = targets is not None and not re.fullmatch(r"[\w., -]+", targets)
+        return cls(args.lora_rank, args.lora_rank if args.lora_alpha is None else args.lora_alpha, args.lora_dropout,
+                   targets if pattern else names_in(targets), names_in(args.lora_modules_to_save), args.lora_bias, args.use_rslora)
 
     @classmethod
     def from_peft(cls, path: str) -> Lora:
@@ -163,7 +164,8 @@ def find_targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
         if problem:
             raise UsageError(f"an adapter is wanted for {name}, which {problem}: name other layers by --lora_target_modules")
     if not found:
-        raise UsageError(f"adapters are wanted for {lora.target_modules or 'linear layers inside numbered ones'}, and the model has none such; {linear_ends(model)}")
+        raise UsageError(f"adapters are wanted for {lora.target_modules or 'linear layers inside numbered ones'}, and the model has none such; "
+                         f"{linear_ends(model)}")
     return found
 
 
@@ -178,7 +180,7 @@ def add_lora(model: nn.Module, lora: Lora, base: str = "float") -> None:
         layer.lora_A = nn.Linear(columns, lora.r, bias=False, dtype=dtype, device=device)
         layer.lora_B = nn.Linear(lora.r, rows, bias=False, dtype=dtype, device=device)
         nn.init.zeros_(layer.lora_B.weight)
-        layer.lora, layer.lora_merged = lora, False
+        layer.lora = lora
         layer.register_forward_hook(add_update)
         if lora.bias == "lora_only" and layer.bias is not None:
             layer.bias.requires_grad_(True)
@@ -204,35 +206,26 @@ def train_whole(model: nn.Module, lora: Lora) -> None:
     kept = {module for saved in whole.values() for module in saved.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module not in kept:
-            raise UsageError(f"{name} is a BatchNorm, whose statistics change in training, and an adapter would not keep them: give --lora_modules_to_save {name}")
+            raise UsageError(f"{name} is a BatchNorm, whose statistics change in training, and an adapter would not keep them: "
+                             f"give --lora_modules_to_save {name}")
 
 
 def add_update(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """What an adapter adds to the output of its layer."""
-    if layer.lora_merged:
-        return output
     x = F.dropout(inputs[0].to(layer.lora_A.weight.dtype), layer.lora.lora_dropout, layer.training)
     return output + (layer.lora_B(layer.lora_A(x)) * layer.lora.scale).to(output.dtype)
 
 
 @torch.no_grad()
-def merge(model: nn.Module, sign: int = 1) -> None:
-    """Adds the adapters into the weights of their layers, which then give the same outputs alone. sign -1 takes them out again: equal
-    to rounding. The model must be whole (not split by fsdp) and its base not quantized."""
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A") and layer.lora_merged == (sign < 0):
-            if len(plain(layer.weight)) > 1:
-                raise UsageError(f"{name}.weight is quantized: merge into the model as it was before (--lora_base float)")
-            update = layer.lora_B.weight @ layer.lora_A.weight * layer.lora.scale
-            layer.weight += sign * (update.T if is_transposed(layer) else update).to(layer.weight.dtype)
-            layer.lora_merged = sign > 0
-
-
 def remove_lora(model: nn.Module) -> None:
-    """Merges the adapters, and leaves the model as if it had never had them. What is frozen stays so."""
-    merge(model)
-    for layer in [module for module in model.modules() if hasattr(module, "lora_A")]:
-        del layer.lora_A, layer.lora_B, layer.lora, layer.lora_merged
+    """Adds the adapters into the weights of their layers, and leaves the model as if it had never had them; what is frozen stays so. It
+    must be whole (not split by fsdp) and its base not quantized."""
+    for name, layer in [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]:
+        if len(plain(layer.weight)) > 1:
+            raise UsageError(f"{name}.weight is quantized: merge into the model as it was before (--lora_base float)")
+        update = layer.lora_B.weight @ layer.lora_A.weight * layer.lora.scale
+        layer.weight += (update.T if is_transposed(layer) else update).to(layer.weight.dtype)
+        del layer.lora_A, layer.lora_B, layer.lora
         for key in [key for key, hook in layer._forward_hooks.items() if hook is add_update]:
             del layer._forward_hooks[key]
     del model.lora

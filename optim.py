@@ -172,28 +172,27 @@ class EMA:
 
     def __init__(self, parts: list[Part], decay: float):
         self.parts = [part._replace(piece=part.piece.detach().to(torch.promote_types(part.piece.dtype, torch.float32), copy=True)) for part in parts]
-        self.trained = [part.piece for part in parts]
+        self.trained, self.averages = [part.piece for part in parts], [part.piece for part in self.parts]
         self.average = get_ema_multi_avg_fn(decay)
 
     def restart(self) -> None:
         """From the weights as they are."""
-        for part, p in zip(self.parts, self.trained):
-            part.piece.copy_(p.detach())
+        copy_all(self.averages, self.trained)
 
     def update(self) -> None:
-        averages = [part.piece for part in self.parts]
-        self.average(averages, [p.detach().to(a.dtype) for p, a in zip(self.trained, averages)], None)
+        self.average(self.averages, [p.detach().to(a.dtype) for p, a in zip(self.trained, self.averages)], None)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The pieces have the averages for weights, to evaluate them; then their own again."""
         kept = [p.detach().clone() for p in self.trained]
-        self.set([part.piece for part in self.parts])
+        copy_all(self.trained, self.averages)
         try:
             yield
         finally:
-            self.set(kept)
+            copy_all(self.trained, kept)
 
-    def set(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.trained, values):
-            p.detach().copy_(value)
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources):
+        target.detach().copy_(source.detach())
