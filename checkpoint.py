@@ -23,7 +23,6 @@ storage.py has the files themselves, rundir.py which folders are complete, and w
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -31,7 +30,6 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,26 +39,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from adapters import Lora, adapter_weights, lora_of
+from adapters import adapter_weights, lora_of
 from args import changed_args
 from distributed import local_part
 from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
 from schedules import Plateau
 from state import Run, TrainState, UsageError
-from storage import (
-    FilePlan,
-    PartFiles,
-    alike,
-    describe_file,
-    plan_json,
-    plan_tensors,
-    read_json,
-    read_plan,
-    reading,
-    show,
-    sync,
-    write_file,
-)
+from storage import FilePlan, PartFiles, alike, describe_file, plan_json, plan_tensors, read_json, reading, show, sync, write_file
 from world import rng_state, set_rng_state, set_seed
 from zero import ELEMENTWISE, Part, whole_parameters
 
@@ -104,14 +89,13 @@ class Saver:
                 if world.is_main:
                     run.callbacks.write_rows(run)       # a checkpoint must not know rows that a power cut could take
                     sync(run.state.log_path)
+                files |= plan_rest(run)
                 if world.writes:
                     shutil.rmtree(self.tmp, ignore_errors=True)
                     os.mkdir(self.tmp)
                     for name, plan in files.items():
                         if plan.shared:
                             write_file(os.path.join(self.tmp, name), plan._replace(tensors=[], shared=False))
-            with world.writing(self.tmp):
-                files |= plan_rest(run)
             if args.save_async:
                 files = {name: plan._replace(tensors=[(key, at, self.copy(name, key, tensor)) for key, at, tensor in plan.tensors])
                          for name, plan in files.items()}
@@ -252,6 +236,7 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
 
 def plan_rest(run: Run) -> dict[str, FilePlan]:
     """Everything but the weights, of this rank."""
+    from tools.formats import plan_foreign
     args, rank, files = run.args, run.world.rank, {}
     if not args.save_only_model:
         files[f"rng-{rank}.json"] = plan_json(rng_state())
@@ -262,9 +247,7 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
         files[f"ema-{rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
     if run.world.writes:
         files |= {"args.json": plan_json(args.to_dict()), "state.json": plan_json(describe_run(run))}
-        if lora := lora_of(run.model):
-            files["adapter_config.json"] = plan_json(lora.to_peft(run.model, getattr(run.model, "name_or_path", args.model_name_or_path)))
-        files |= plan_pretrained(run.model, run.processing_class)
+        files |= plan_foreign(run.model, run.processing_class, args.model_name_or_path)
     return files
 
 
@@ -295,22 +278,6 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
     return {name: kept for name, kept in names.items() if name != kept}
-
-
-def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
-    """What from_pretrained wants beside the weights: the configuration of a transformers model, and the files of a tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        transformers = sys.modules.get("transformers")      # if the model is one of its own, it has been imported
-        if transformers is not None and isinstance(model, transformers.PreTrainedModel) and not lora_of(model):     # of adapters, the base has it
-            config = copy.deepcopy(model.config)        # as save_pretrained of the model completes it; fully_shard has put a class in front
-            config.architectures = [next(cls.__name__ for cls in type(model).__mro__ if not hasattr(cls, "reshard"))]
-            config.dtype = model.dtype
-            config.save_pretrained(folder)
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
-        if processing_class is not None:
-            processing_class.save_pretrained(folder)
-        return {name: read_plan(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
 
 
 def name_part(part: Part, name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -472,6 +439,7 @@ def copy_history(source: str, run: Run) -> None:
 def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[Tensor], list[str]]:
     """Loads the weights of a checkpoint folder into a bare model, each rank its own part. Names and shapes must match; partly: those that
     do not are left alone. Returns these weights, and what was wrong, a line each."""
+    from tools.formats import lora_from_peft
     weights, stem = model_weights(model), weights_stem(model)
     with PartFiles(path, stem) as files, reading(path, files.name), torch.no_grad():
         if not files.names:
@@ -481,7 +449,7 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
                 raise UsageError(f"{path} holds whole weights: to train adapters on it, give it as --model_name_or_path; "
                                  f"to go on with all of it, no --lora_rank", 3)
             raise UsageError(f"{path}{os.sep}{stem}.safetensors is missing", 3)
-        if (lora := lora_of(model)) and (stored := Lora.from_peft(path)).scale != lora.scale:
+        if (lora := lora_of(model)) and (stored := lora_from_peft(path)).scale != lora.scale:
             raise UsageError(f"{path} holds adapters with the scale {stored.scale:g} (r={stored.r}, lora_alpha={stored.lora_alpha:g}, "
                              f"use_rslora={stored.use_rslora}), and this run's is {lora.scale:g}: give the --lora_rank, --lora_alpha and "
                              f"--use_rslora they were trained with", 3)
@@ -528,8 +496,9 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
             raise ValueError(f"it has states of parameters that this run does not train: {unknown[:10]}")
         for part in (part for part in held if run.parallel.trained[part.name] not in left):
             for name in names.get(part.name, ()):
-                check_state(name, [] if name in files.numbers else files.found[name], part, part.piece in whole, part.piece in known)
-                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else files.read(name, part)
+                check_state(name, files.found.get(name, []), part, part.piece in whole, part.piece in known)
+                value = files.read(name, part) if name in files.found else files.numbers[name]
+                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = value
         for group in optimizer.param_groups:
             if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1:
                 raise ValueError("some parameters have states that others lack")
@@ -546,9 +515,9 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
 
 
 def check_state(name: str, stored: list, part: Part, whole: bool = False, known: bool = False) -> None:
-    """stored: pieces of a saved state, as in PartFiles.found. Raises ValueError if they cannot be that of a parameter. It is like the parameter, or a single number, such as a step
-    count; an optimizer that needs the parameter whole may keep others. Of a known one, the numbers have these names. Fused kernels
-    rely on that: they would write behind the end of a state that is too small."""
+    """stored: what PartFiles.found has of a state. Raises ValueError if it cannot be that of a parameter. It is like the parameter, or a
+    single number, such as a step count; an optimizer that needs the parameter whole may keep others. Of a known one, the numbers have these
+    names. Fused kernels rely on that: they would write behind the end of a state that is too small."""
     fits = bool(stored) or not known
     for piece in stored:
         like = piece.shape == tuple(part.shape) if piece.stop is None else piece.stop <= part.shape.numel()
