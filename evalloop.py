@@ -334,8 +334,5 @@ def save_results(run: Run, split: str, metrics: dict[str, float]) -> None:
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """A micro-batch with its tensors on `device` and without its counts, as losses and models get it."""
-    def move(value):
-        if isinstance(value, dict):
-            return {key: move(part) for key, part in value.items()}
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-    return {key: move(value) for key, value in batch.items() if key not in ("num_items", "num_samples")}
+    return {key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items() if key not in ("num_items", "num_samples")}
