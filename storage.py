@@ -48,15 +48,6 @@ def plan_json(content: dict) -> FilePlan:
     return FilePlan(text, len(text), [])
 
 
-def read_plan(path: str) -> FilePlan:
-    """A small file as it is."""
-    if not os.path.isfile(path) or os.path.islink(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
-        raise UsageError(f"{path}: a checkpoint holds only plain files, of names of letters, digits, and _.-; of a processing_class too")
-    with open(path, "rb") as file:
-        content = file.read()
-    return FilePlan(content, len(content), [])
-
-
 def plan_tensors(tensors: dict[str, Tensor], mine: dict[str, tuple[Tensor, int]] | None = None, shared: bool = False, **metadata: str) -> FilePlan:
     """A file of tensors in the safetensors format. mine: what this rank writes of them, and from which element on (default: all)."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}

@@ -28,7 +28,8 @@ from loader import Loader
 from optim import parameter_groups
 from rundir import find_damage, holds_run, verify
 from state import TrainState, UsageError, run_main
-from storage import PLAIN_NAME, FilePlan, PartFiles, alike, plan_json, plan_tensors, read_json, read_plan, reading, show, sync, write_file
+from storage import PLAIN_NAME, FilePlan, PartFiles, alike, plan_json, plan_tensors, read_json, reading, show, sync, write_file
+from tools.formats import read_plan
 from tools.inspect import newest
 from world import World, print0
 

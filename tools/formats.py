@@ -12,7 +12,8 @@ from types import NoneType
 from torch import nn
 
 from adapters import Lora, is_transposed, lora_of, matches
-from storage import FilePlan, plan_json, read_json, read_plan, reading
+from state import UsageError
+from storage import PLAIN_NAME, FilePlan, plan_json, read_json, reading
 
 # by the end of the name of a transformers class; for others PEFT would look for a classifier in the file
 PEFT_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -39,6 +40,15 @@ def plan_foreign(model: nn.Module, processing_class, base: str | None) -> dict[s
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         return files | {name: read_plan(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+
+
+def read_plan(path: str) -> FilePlan:
+    """A small file as it is."""
+    if not os.path.isfile(path) or os.path.islink(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
+        raise UsageError(f"{path}: a checkpoint holds only plain files, of names of letters, digits, and _.-; of a processing_class too")
+    with open(path, "rb") as file:
+        content = file.read()
+    return FilePlan(content, len(content), [])
 
 
 def lora_from_peft(path: str) -> Lora:
