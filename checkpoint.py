@@ -493,9 +493,9 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
             raise ValueError(f"it has states of parameters that this run does not train: {unknown[:10]}")
         for part in (part for part in held if run.parallel.trained[part.name] not in left):
             for name in names.get(part.name, ()):
-                check_state(name, files.found.get(name, []), part, part.piece in whole, part.piece in known)
-                value = files.read(name, part) if name in files.found else files.numbers[name]
-                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = value
+                number = name in files.numbers
+                check_state(name, [] if number else files.found[name], part, part.piece in whole, part.piece in known)
+                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if number else files.read(name, part)
         for group in optimizer.param_groups:
             if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1:
                 raise ValueError("some parameters have states that others lack")
