@@ -215,8 +215,8 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceM
     size = args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if args.strategy == "hsdp" and (world_size % size or size in (1, world_size)):
         sizes = [str(n) for n in range(2, world_size // 2 + 1) if world_size % n == 0]
-        raise UsageError(f"--strategy hsdp splits {world_size} ranks into groups of --hsdp_shard_size={size} (by default all ranks of a host), and needs "
-                         f"at least 2 full groups of at least 2: {f'give {sizes[0]}, or' if sizes else ''} use --strategy fsdp")
+        raise UsageError(f"--strategy hsdp splits {world_size} ranks into groups of --hsdp_shard_size={size} (by default all ranks of a host), "
+                         f"and needs at least 2 full groups of at least 2: {f'give {sizes[0]}, or' if sizes else ''} use --strategy fsdp")
     if args.strategy not in ("fsdp", "hsdp"):
         return None
     from torch.distributed.device_mesh import DeviceMesh
