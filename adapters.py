@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from optim import HIDDEN
 from state import UsageError
-from storage import read_json, reading
 from zero import plain
 
 PEFT_PREFIX = "base_model.model."       # of every name in PEFT's files
@@ -29,11 +27,14 @@ PEFT_PREFIX = "base_model.model."       # of every name in PEFT's files
 def adapt(model: nn.Module, args) -> None:
     """Applies what the flags ask for: --lora_rank and the like, --neftune_noise_alpha, --activation_checkpointing, --torch_compile."""
     if args.lora_adapter is not None:
-        add_lora(model, Lora.from_peft(args.lora_adapter), args.lora_base)
+        from tools.formats import lora_from_peft
+        add_lora(model, lora_from_peft(args.lora_adapter), args.lora_base)
     elif args.lora_rank is not None:
-        lora = Lora.from_args(args)
-        if isinstance(lora.target_modules, list) and (unknown := [end for end in lora.target_modules if not any(matches(name, [end]) for name, _ in model.named_modules())]):
-            raise UsageError(f"--lora_target_modules {args.lora_target_modules}: no module has a name that ends in {', '.join(unknown)}; {linear_ends(model)}")
+        lora, names = Lora.from_args(args), [name for name, _ in model.named_modules()]
+        targets = lora.target_modules if isinstance(lora.target_modules, list) else []
+        if unknown := [end for end in targets if not any(matches(name, [end]) for name in names)]:
+            raise UsageError(f"--lora_target_modules {args.lora_target_modules}: no module has a name that ends in {', '.join(unknown)}; "
+                             f"{linear_ends(model)}")
         add_lora(model, lora, args.lora_base)
     if args.neftune_noise_alpha is not None:
         add_neftune(model, args.neftune_noise_alpha)
@@ -64,49 +65,9 @@ class Lora:
     @classmethod
     def from_args(cls, args) -> Lora:
         targets = args.lora_target_modules
-        if targets is not None and re.fullmatch(r"[\w., -]+", targets):
-            targets = names_in(targets)
-        return cls(args.lora_rank, args.lora_rank if args.lora_alpha is None else args.lora_alpha, args.lora_dropout, targets,
-                   names_in(args.lora_modules_to_save), args.lora_bias, args.use_rslora)
-
-    @classmethod
-    def from_peft(cls, path: str) -> Lora:
-        """The settings in the adapter_config.json of a folder. UsageError if it asks for what is not here, such as DoRA."""
-        with reading(path, "adapter_config.json"):
-            config = read_json(path, "adapter_config.json")
-            if config["peft_type"] != "LORA":
-                raise ValueError(f"it is of type {config['peft_type']!r:.50}, and LORA is all that is known here")
-            known = {key: value for key, value in config.items() if key in cls.__dataclass_fields__}
-            if strange := [f"{key}={value!r:.50}" for key, value in config.items()
-                           if key not in {*known, *PEFT_ONLY} and not (value is None or value is False or value in ({}, [], ""))]:
-                raise ValueError(f"these settings are not known here: {', '.join(strange)}")
-            if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-                raise ValueError("it was started from a changed base (init_lora_weights): convert it by PEFT first")
-            lora, names = cls(**known), (list, NoneType)
-            fits = type(lora.r) is int and lora.r > 0 and type(lora.lora_alpha) in (int, float) and type(lora.use_rslora) is bool \
-                and type(lora.lora_dropout) in (int, float) and 0 <= lora.lora_dropout < 1 and lora.bias in ("none", "all", "lora_only") \
-                and isinstance(lora.target_modules, (list, str)) and isinstance(lora.modules_to_save, names) \
-                and all(isinstance(name, str) for name in (*lora.target_modules, *(lora.modules_to_save or ())))
-            if not fits:
-                raise ValueError(f"impossible values: {known!r:.300}")
-            return lora
-
-    def to_peft(self, model: nn.Module, base: str | None) -> dict:
-        """What adapter_config.json holds. Layers are named by the ends of their names, if these ends mean no other layers."""
-        names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
-        targets: list[str] | str = sorted({name.rpartition(".")[2] for name in names})
-        if [name for name, _ in model.named_modules() if matches(name, targets)] != names:
-            targets = "|".join(map(re.escape, names))
-        task = next((task for end, task in PEFT_TASKS.items() if any(cls.__name__.endswith(end) for cls in type(model).__mro__)), None)
-        return {**asdict(self), "target_modules": targets, "peft_type": "LORA", "base_model_name_or_path": base, "task_type": task,
-                "fan_in_fan_out": any(is_transposed(model.get_submodule(name)) for name in names), "inference_mode": True, "init_lora_weights": True}
-
-
-# by the end of the name of a transformers class; for others PEFT would look for a classifier in the file
-PEFT_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-# what says nothing about the numbers, or, as fan_in_fan_out, is seen from the layers
-PEFT_ONLY = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "init_lora_weights",
-             "fan_in_fan_out", "megatron_core", "qalora_group_size"}
+        pattern = targets is not None and not re.fullmatch(r"[\w., -]+", targets)
+        return cls(args.lora_rank, args.lora_rank if args.lora_alpha is None else args.lora_alpha, args.lora_dropout,
+                   targets if pattern else names_in(targets), names_in(args.lora_modules_to_save), args.lora_bias, args.use_rslora)
 
 
 def names_in(text: str | None) -> list[str] | None:
@@ -163,7 +124,8 @@ def find_targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
         if problem:
             raise UsageError(f"an adapter is wanted for {name}, which {problem}: name other layers by --lora_target_modules")
     if not found:
-        raise UsageError(f"adapters are wanted for {lora.target_modules or 'linear layers inside numbered ones'}, and the model has none such; {linear_ends(model)}")
+        raise UsageError(f"adapters are wanted for {lora.target_modules or 'linear layers inside numbered ones'}, and the model has none such; "
+                         f"{linear_ends(model)}")
     return found
 
 
@@ -178,7 +140,7 @@ def add_lora(model: nn.Module, lora: Lora, base: str = "float") -> None:
         layer.lora_A = nn.Linear(columns, lora.r, bias=False, dtype=dtype, device=device)
         layer.lora_B = nn.Linear(lora.r, rows, bias=False, dtype=dtype, device=device)
         nn.init.zeros_(layer.lora_B.weight)
-        layer.lora, layer.lora_merged = lora, False
+        layer.lora = lora
         layer.register_forward_hook(add_update)
         if lora.bias == "lora_only" and layer.bias is not None:
             layer.bias.requires_grad_(True)
@@ -204,35 +166,26 @@ def train_whole(model: nn.Module, lora: Lora) -> None:
     kept = {module for saved in whole.values() for module in saved.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module not in kept:
-            raise UsageError(f"{name} is a BatchNorm, whose statistics change in training, and an adapter would not keep them: give --lora_modules_to_save {name}")
+            raise UsageError(f"{name} is a BatchNorm, whose statistics change in training, and an adapter would not keep them: "
+                             f"give --lora_modules_to_save {name}")
 
 
 def add_update(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """What an adapter adds to the output of its layer."""
-    if layer.lora_merged:
-        return output
     x = F.dropout(inputs[0].to(layer.lora_A.weight.dtype), layer.lora.lora_dropout, layer.training)
     return output + (layer.lora_B(layer.lora_A(x)) * layer.lora.scale).to(output.dtype)
 
 
 @torch.no_grad()
-def merge(model: nn.Module, sign: int = 1) -> None:
-    """Adds the adapters into the weights of their layers, which then give the same outputs alone. sign -1 takes them out again: equal
-    to rounding. The model must be whole (not split by fsdp) and its base not quantized."""
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A") and layer.lora_merged == (sign < 0):
-            if len(plain(layer.weight)) > 1:
-                raise UsageError(f"{name}.weight is quantized: merge into the model as it was before (--lora_base float)")
-            update = layer.lora_B.weight @ layer.lora_A.weight * layer.lora.scale
-            layer.weight += sign * (update.T if is_transposed(layer) else update).to(layer.weight.dtype)
-            layer.lora_merged = sign > 0
-
-
 def remove_lora(model: nn.Module) -> None:
-    """Merges the adapters, and leaves the model as if it had never had them. What is frozen stays so."""
-    merge(model)
-    for layer in [module for module in model.modules() if hasattr(module, "lora_A")]:
-        del layer.lora_A, layer.lora_B, layer.lora, layer.lora_merged
+    """Adds the adapters into the weights of their layers, and leaves the model as if it had never had them; what is frozen stays so. It
+    must be whole (not split by fsdp) and its base not quantized."""
+    for name, layer in [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]:
+        if len(plain(layer.weight)) > 1:
+            raise UsageError(f"{name}.weight is quantized: merge into the model as it was before (--lora_base float)")
+        update = layer.lora_B.weight @ layer.lora_A.weight * layer.lora.scale
+        layer.weight += (update.T if is_transposed(layer) else update).to(layer.weight.dtype)
+        del layer.lora_A, layer.lora_B, layer.lora
         for key in [key for key, hook in layer._forward_hooks.items() if hook is add_update]:
             del layer._forward_hooks[key]
     del model.lora

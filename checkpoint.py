@@ -23,7 +23,6 @@ storage.py has the files themselves, rundir.py which folders are complete, and w
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -31,7 +30,6 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,28 +39,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from adapters import Lora, adapter_weights, lora_of
+from adapters import adapter_weights, lora_of
 from args import changed_args
 from distributed import local_part
 from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
 from schedules import Plateau
 from state import Run, TrainState, UsageError
-from storage import (
-    PLAIN_NAME,
-    FilePlan,
-    PartFiles,
-    Stored,
-    alike,
-    create_file,
-    describe_file,
-    plan_json,
-    plan_tensors,
-    read_json,
-    reading,
-    show,
-    sync,
-    write_file,
-)
+from storage import FilePlan, PartFiles, alike, describe_file, plan_json, plan_tensors, read_json, reading, show, sync, write_file
 from world import rng_state, set_rng_state, set_seed
 from zero import ELEMENTWISE, Part, whole_parameters
 
@@ -106,14 +89,13 @@ class Saver:
                 if world.is_main:
                     run.callbacks.write_rows(run)       # a checkpoint must not know rows that a power cut could take
                     sync(run.state.log_path)
+                files |= plan_rest(run)
                 if world.writes:
                     shutil.rmtree(self.tmp, ignore_errors=True)
                     os.mkdir(self.tmp)
                     for name, plan in files.items():
                         if plan.shared:
-                            create_file(os.path.join(self.tmp, name), plan)
-            with world.writing(self.tmp):
-                files |= plan_rest(run)
+                            write_file(os.path.join(self.tmp, name), plan._replace(tensors=[], shared=False))
             if args.save_async:
                 files = {name: plan._replace(tensors=[(key, at, self.copy(name, key, tensor)) for key, at, tensor in plan.tensors])
                          for name, plan in files.items()}
@@ -146,7 +128,8 @@ class Saver:
 
     def write(self, files: dict[str, FilePlan]) -> None:
         total = sum(plan.size for plan in files.values())
-        with tqdm(total=total, desc=f"save checkpoint-{self.step}", unit="B", unit_scale=True, leave=False, delay=1, disable=not self.run.args.shows_bars) as bar:
+        with tqdm(total=total, desc=f"save checkpoint-{self.step}", unit="B", unit_scale=True, leave=False, delay=1,
+                  disable=not self.run.args.shows_bars) as bar:
             for name, plan in files.items():
                 try:
                     described = write_file(os.path.join(self.tmp, name), plan, bar.update)
@@ -189,10 +172,10 @@ class Saver:
         run.callbacks.fire("on_save", run)
 
     def copy(self, file: str, key: str, tensor: Tensor) -> Tensor:
-        held = self.copies.get((file, key))
-        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = self.copies[file, key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-        return held.copy_(tensor, non_blocking=True)
+        place = file, key, tensor.shape, tensor.dtype
+        if place not in self.copies:
+            self.copies[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        return self.copies[place].copy_(tensor, non_blocking=True)
 
     @contextlib.contextmanager
     def tolerating(self, last: bool) -> Iterator[None]:
@@ -224,23 +207,18 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
     return adapter_weights(model, weights) if lora_of(model) else weights
 
 
-def weights_stem(model: nn.Module) -> str:
-    return "adapter_model" if lora_of(model) else "model"
-
-
 def plan_weights(run: Run) -> dict[str, FilePlan]:
+    """Files of weights, of which this rank writes its part."""
     files: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in model_weights(run.model).items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if files[-1] and size + nbytes > MAX_FILE_BYTES:
+        if files[-1] and size + tensor.nbytes > MAX_FILE_BYTES:
             files.append({})
             size = 0
         files[-1][name] = tensor
-        size, total = size + nbytes, total + nbytes
-    stem = weights_stem(run.model)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    stem, plans = "adapter_model" if lora_of(run.model) else "model", {}
     names = [f"{stem}-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else [f"{stem}.safetensors"]
-    plans = {}
     for name, weights in zip(names, files):
         sharded = {key for key, tensor in weights.items() if hasattr(tensor, "to_local")}
         mine = {key: local_part(tensor) for key, tensor in weights.items() if (run.parallel.saves if key in sharded else run.world.writes)}
@@ -254,29 +232,34 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
 
 def plan_rest(run: Run) -> dict[str, FilePlan]:
     """Everything but the weights, of this rank."""
-    args, world, files = run.args, run.world, {}
+    from tools.formats import plan_foreign
+    args, rank, files = run.args, run.world.rank, {}
     if not args.save_only_model:
-        files[f"rng-{world.rank}.json"] = plan_json(rng_state())
+        files[f"rng-{rank}.json"] = plan_json(rng_state())
         if run.parallel.saves:
             tensors, numbers = optimizer_state(run.parallel.parts, run.optimizer)
-            files[f"optimizer-{world.rank}.safetensors"] = plan_tensors(tensors, numbers=json.dumps(numbers))
+            files[f"optimizer-{rank}.safetensors"] = plan_tensors(tensors, numbers=json.dumps(numbers))
     if run.ema is not None and run.parallel.saves:
-        files[f"ema-{world.rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
-    if world.writes:
-        files["args.json"] = plan_json(args.to_dict())
-        if lora := lora_of(run.model):
-            files["adapter_config.json"] = plan_json(lora.to_peft(run.model, getattr(run.model, "name_or_path", args.model_name_or_path)))
-        # what an optimizer keeps outside of its state it gives by get_extra_state, as JSON values
-        optimizer = {"class": type(run.optimizer).__name__, "evaluates": hasattr(run.optimizer, "eval"), "extra": run.optimizer.get_extra_state() if hasattr(run.optimizer, "get_extra_state") else None,
-                     "groups": run.parallel.groups, "settings": [plain_settings(group) for group in run.optimizer.param_groups]}
-        planned = {name: getattr(run.state, name) for name in PLANNED}
-        more = run.state.global_step < run.state.max_steps       # then there is a next update, and this is its learning rate
-        planned["learning_rate"] = run.schedule(run.state.global_step - run.state.skipped_steps) if more else run.state.learning_rate
-        files |= plan_pretrained(run.model, run.processing_class)
-        files["state.json"] = plan_json({"state": run.state.to_dict(), "optimizer": optimizer, "planned": planned, "tied": tied_names(run.model), "callbacks": run.callbacks.states(),
-                                         "scaler": run.precision.state_dict(), "world_size": world.world_size, "stream": run.state.stream,
-                                         "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {}})
+        files[f"ema-{rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
+    if run.world.writes:
+        files |= {"args.json": plan_json(args.to_dict()), "state.json": plan_json(describe_run(run))}
+        files |= plan_foreign(run.model, run.processing_class, args.model_name_or_path)
     return files
+
+
+def describe_run(run: Run) -> dict:
+    """state.json. What an optimizer keeps outside of its state it gives by get_extra_state, as JSON values."""
+    state, optimizer = run.state, run.optimizer
+    more = state.global_step < state.max_steps       # then there is a next update, and this is its learning rate
+    return {"state": state.to_dict(),
+            "optimizer": {"class": type(optimizer).__name__, "evaluates": hasattr(optimizer, "eval"), "groups": run.parallel.groups,
+                          "extra": optimizer.get_extra_state() if hasattr(optimizer, "get_extra_state") else None,
+                          "settings": [plain_settings(group) for group in optimizer.param_groups]},
+            "planned": {**{name: getattr(state, name) for name in PLANNED},
+                        "learning_rate": run.schedule(state.global_step - state.skipped_steps) if more else state.learning_rate},
+            "tied": tied_names(run.model), "callbacks": run.callbacks.states(), "scaler": run.precision.state_dict(),
+            "world_size": run.world.world_size, "stream": state.stream,
+            "schedule": run.schedule.state_dict() if isinstance(run.schedule, Plateau) else {}}
 
 
 def plain_settings(group: dict) -> dict:
@@ -291,31 +274,6 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
     return {name: kept for name, kept in names.items() if name != kept}
-
-
-def plan_pretrained(model: nn.Module, processing_class) -> dict[str, FilePlan]:
-    """What from_pretrained wants beside the weights: the configuration of a transformers model, and the files of a tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        transformers = sys.modules.get("transformers")      # if the model is one of its own, it has been imported
-        if transformers is not None and isinstance(model, transformers.PreTrainedModel) and not lora_of(model):     # of adapters, the base has it
-            config = copy.deepcopy(model.config)        # as save_pretrained of the model completes it; fully_shard has put a class in front
-            config.architectures = [next(cls.__name__ for cls in type(model).__mro__ if not hasattr(cls, "reshard"))]
-            config.dtype = model.dtype
-            config.save_pretrained(folder)
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
-        if processing_class is not None:
-            processing_class.save_pretrained(folder)
-        return {name: read_plan(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-
-
-def read_plan(path: str) -> FilePlan:
-    """A small file as it is."""
-    if not os.path.isfile(path) or os.path.islink(path) or not PLAIN_NAME.fullmatch(os.path.basename(path)):
-        raise UsageError(f"{path}: a checkpoint holds only plain files, of names of letters, digits, and _.-; of a processing_class too")
-    with open(path, "rb") as file:
-        content = file.read()
-    return FilePlan(content, len(content), [])
 
 
 def name_part(part: Part, name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -477,23 +435,27 @@ def copy_history(source: str, run: Run) -> None:
 def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[Tensor], list[str]]:
     """Loads the weights of a checkpoint folder into a bare model, each rank its own part. Names and shapes must match; partly: those that
     do not are left alone. Returns these weights, and what was wrong, a line each."""
-    weights, stem = model_weights(model), weights_stem(model)
+    from tools.formats import lora_from_peft
+    weights, lora = model_weights(model), lora_of(model)
+    stem = "adapter_model" if lora else "model"
     with PartFiles(path, stem) as files, reading(path, files.name), torch.no_grad():
         if not files.names:
             if stem == "model" and os.path.exists(os.path.join(path, "adapter_config.json")):
                 raise UsageError(f"{path} holds adapters: give the --lora_rank and the other settings they were trained with", 3)
             if stem != "model" and os.path.exists(os.path.join(path, "model.safetensors")):
-                raise UsageError(f"{path} holds whole weights: to train adapters on it, give it as --model_name_or_path; to go on with all of it, no --lora_rank", 3)
+                raise UsageError(f"{path} holds whole weights: to train adapters on it, give it as --model_name_or_path; "
+                                 f"to go on with all of it, no --lora_rank", 3)
             raise UsageError(f"{path}{os.sep}{stem}.safetensors is missing", 3)
-        if (lora := lora_of(model)) and (stored := Lora.from_peft(path)).scale != lora.scale:
-            raise UsageError(f"{path} holds adapters with the scale {stored.scale:g} (r={stored.r}, lora_alpha={stored.lora_alpha:g}, use_rslora={stored.use_rslora}), "
-                             f"and this run's is {lora.scale:g}: give the --lora_rank, --lora_alpha and --use_rslora they were trained with", 3)
+        if lora and (stored := lora_from_peft(path)).scale != lora.scale:
+            raise UsageError(f"{path} holds adapters with the scale {stored.scale:g} (r={stored.r}, lora_alpha={stored.lora_alpha:g}, "
+                             f"use_rslora={stored.use_rslora}), and this run's is {lora.scale:g}: give the --lora_rank, --lora_alpha and "
+                             f"--use_rslora they were trained with", 3)
         wanted = {key: tuple(tensor.shape) for key, tensor in weights.items()}
         found = {key: files.shape(key) for key in files.found if not re.search(r"\.(original_module|modules_to_save)\.", key)}     # PEFT's copies
         problems = misfits(wanted, found)
         if problems and not partly:
-            told = f"{os.path.join(path, files.name)} is of another model; give the model flags it was trained with, or --allow_change weights to load what fits:"
-            raise UsageError("\n  ".join([told, *problems]), 3)
+            raise UsageError("\n  ".join([(f"{os.path.join(path, files.name)} is of another model; give the model flags it was trained with, "
+                                          f"or --allow_change weights to load what fits:"), *problems]), 3)
         left = {tensor for key, tensor in weights.items() if wanted[key] != found.get(key)}
         for key, tensor in weights.items():
             if tensor not in left:
@@ -513,8 +475,8 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
     """left: weights that did not come from the checkpoint, whose states start anew."""
     optimizer, held = run.optimizer, run.parallel.parts
     if stored["class"] != type(optimizer).__name__:
-        raise UsageError(f"{path}{os.sep}state.json holds the state of {show(stored['class'])}, and this run trains with {type(optimizer).__name__}: give the --optim it was "
-                         f"saved with, or start a new run", 3)
+        raise UsageError(f"{path}{os.sep}state.json holds the state of {show(stored['class'])}, and this run trains with "
+                         f"{type(optimizer).__name__}: give the --optim it was saved with, or start a new run", 3)
     if not alike(stored["evaluates"], True):
         raise ValueError(f"impossible values: evaluates={stored['evaluates']!r:.100}")
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
@@ -531,8 +493,9 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
             raise ValueError(f"it has states of parameters that this run does not train: {unknown[:10]}")
         for part in (part for part in held if run.parallel.trained[part.name] not in left):
             for name in names.get(part.name, ()):
-                check_state(name, [] if name in files.numbers else files.found[name], part, part.piece in whole, part.piece in known)
-                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if name in files.numbers else files.read(name, part)
+                number = name in files.numbers
+                check_state(name, [] if number else files.found[name], part, part.piece in whole, part.piece in known)
+                states.setdefault(part.piece, {})[name.rpartition(".")[2]] = files.numbers[name] if number else files.read(name, part)
         for group in optimizer.param_groups:
             if len({frozenset(states[p]) for p in group["params"] if p in states and p not in whole}) > 1:
                 raise ValueError("some parameters have states that others lack")
@@ -548,10 +511,10 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
         optimizer.set_extra_state(stored["extra"])
 
 
-def check_state(name: str, stored: list[Stored], part: Part, whole: bool = False, known: bool = False) -> None:
-    """Raises ValueError if a saved state cannot be that of a parameter. It is like the parameter, or a single number, such as a step
-    count; an optimizer that needs the parameter whole may keep others. Of a known one, the numbers have these names. Fused kernels
-    rely on that: they would write behind the end of a state that is too small."""
+def check_state(name: str, stored: list, part: Part, whole: bool = False, known: bool = False) -> None:
+    """stored: what PartFiles.found has of a state. Raises ValueError if it cannot be that of a parameter. It is like the parameter, or a
+    single number, such as a step count; an optimizer that needs the parameter whole may keep others. Of a known one, the numbers have these
+    names. Fused kernels rely on that: they would write behind the end of a state that is too small."""
     fits = bool(stored) or not known
     for piece in stored:
         like = piece.shape == tuple(part.shape) if piece.stop is None else piece.stop <= part.shape.numel()

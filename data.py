@@ -123,13 +123,14 @@ def build_data(args: TrainArgs) -> Data:
     cut = args.block_size, args.vocab_size
     by_hash, eval_name = args.eval_dataset is None, args.eval_dataset or args.dataset     # by_hash: blocks of --dataset are held out
 
-    def text(name: str) -> bytes:
+    def read(name: str) -> Tensor:
         rows = read_rows(name, args)
-        return b"".join(tqdm(documents(rows, args.text_column), f"read {name}", len(rows), unit="row", leave=False, delay=1, disable=not args.shows_bars))
-    test = None
-    if args.test_dataset is not None:
-        tokens = to_tokens(text(args.test_dataset))
-        test = Blocks(tokens, block_starts(tokens, *cut, args.test_dataset), args.block_size)
+        return to_tokens(b"".join(tqdm(documents(rows, args.text_column), f"read {name}", len(rows), unit="row", leave=False, delay=1,
+                                       disable=not args.shows_bars)))
+
+    def blocks(tokens: Tensor, what: str) -> Blocks:
+        return Blocks(tokens, block_starts(tokens, *cut, what), args.block_size)
+    test = None if args.test_dataset is None else blocks(read(args.test_dataset), args.test_dataset)
     if args.streaming:
         sizes = [os.path.getsize(file) for file in find_files(args.dataset) or []]
         digest = hashlib.sha256(repr((args.dataset, args.dataset_config_name, args.text_column, sizes)).encode()).hexdigest()[:16]
@@ -140,20 +141,19 @@ def build_data(args: TrainArgs) -> Data:
         if args.dataset is None:
             tokens, evals, about = stdlib_tokens()
         else:
-            tokens = to_tokens(text(args.dataset))
-            evals, about = tokens if by_hash else to_tokens(text(args.eval_dataset)), f"{args.dataset}, {len(tokens):,} bytes"
-        starts = block_starts(tokens, *cut, args.dataset or "training data")
-        if evals is tokens:
-            array = tokens.numpy()
+            tokens = read(args.dataset)
+            evals, about = None if by_hash else read(args.eval_dataset), f"{args.dataset}, {len(tokens):,} bytes"
+        train = blocks(tokens, args.dataset or "training data")
+        train.digest = hashlib.sha256(tokens.numpy()).hexdigest()[:16]
+        if evals is None:
+            array, starts = tokens.numpy(), train.starts
             out = torch.tensor([held_out(array[s:s + args.block_size].tobytes()) for s in starts.tolist()])
-            starts, out_starts = starts[~out], starts[out]
-            if not len(starts):
+            train.starts, held = starts[~out], Blocks(tokens, starts[out], args.block_size) if out.any() else None
+            if out.all():
                 raise UsageError(f"{args.dataset}: every block fell to the held-out 5%; give more data, or --eval_dataset")
         else:
-            out_starts = block_starts(evals, *cut, args.eval_dataset or "held-out data")
-        digest = hashlib.sha256(tokens.numpy()).hexdigest()[:16]
-        data = Data(Blocks(tokens, starts, args.block_size, digest), Blocks(evals, out_starts, args.block_size) if len(out_starts) else None,
-                    f"{about}, sha256 {digest}, in blocks of {args.block_size} tokens", test)
+            held = blocks(evals, args.eval_dataset or "held-out data")
+        data = Data(train, held, f"{about}, sha256 {train.digest}, in blocks of {args.block_size} tokens", test)
     if data.eval is None and args.needs_held_out:
         raise UsageError(f"{args.dataset}: no block fell to the held-out 5%: give --eval_dataset, or more data, or do not evaluate")
     return data
@@ -161,7 +161,8 @@ def build_data(args: TrainArgs) -> Data:
 
 def keep_columns(dataset, model: torch.nn.Module, collate, label_columns: list[str]):
     """A data set of the package datasets without the columns that neither model.forward takes nor the collator, by its attribute
-    `columns`, uses (--remove_unused_columns), and a note of them. Raises UsageError if nothing is left for the model. Other data sets are left as they are."""
+    `columns`, uses (--remove_unused_columns), and a note of them. Raises UsageError if nothing is left for the model. Other data sets are
+    left as they are."""
     columns = getattr(dataset, "column_names", None)
     parameters = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if not isinstance(columns, list) or not parameters:
@@ -176,7 +177,7 @@ def keep_columns(dataset, model: torch.nn.Module, collate, label_columns: list[s
 
 
 def to_tokens(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(bytearray(text), np.uint8))
 
 
 def stdlib_tokens() -> tuple[Tensor, Tensor, str]:

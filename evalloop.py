@@ -6,20 +6,22 @@ from __future__ import annotations
 import contextlib
 import glob
 import inspect
-import json
-import math
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from state import Batch, LossFn, Run, UsageError
+from storage import read_json, replace_json
 from world import World, rng_state, set_rng_state
 
 PredictFn = Callable[[nn.Module, Batch], Any]   # (model, micro-batch) -> predictions: tensors with one row per sample, (B, ...)
@@ -106,20 +108,18 @@ def likeliest(logits: Tensor, labels) -> Tensor:
 def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, predict_fn: PredictFn | None, preprocess: Callable | None,
             prefix: str, files: PredictionFiles | None = None, trial: bool = False) -> dict[str, float]:
     """The loop of both. files: for predictions, of which then those without labels have neither loss nor metrics."""
-    start, world, predicts = time.perf_counter(), run.world, files is not None
+    start, world, predicts, streams = time.perf_counter(), run.world, files is not None, hasattr(compute_metrics, "update")
     check_metrics(compute_metrics)
     if stage := not (trial or run.state.in_training):
         world.memory.start(prefix)
-    streams = hasattr(compute_metrics, "update")
     if compute_metrics is not None and not streams and files is None:      # a function gets all of them at once
         files = PredictionFiles(world, os.path.join(run.args.output_dir, f"tmp-{prefix}"))
-    sinks = [sink for sink in (compute_metrics if streams else None, files) if sink is not None]
     loss_sum = torch.zeros((), dtype=torch.float64)
     num_items = num_samples = num_batches = 0
-    waiting: list[tuple] = []       # predictions and labels on the device, with the number of samples
+    waiting: list[tuple[dict[str, Tensor], int]] = []       # rows on the device, with the number of samples
     with evaluating(run) as model:
-        for sink in sinks:
-            sink.reset()
+        if streams:
+            compute_metrics.reset()
         for batch in islice(loader.epoch(), 1 if trial else None):
             inputs = to_device(batch, world.device)
             names = label_names(run.args, inputs)
@@ -127,29 +127,29 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
                 raise UsageError(f"metrics need labels, and the batch has none: it has {', '.join(inputs)}. Name their columns by --label_names")
             if not names and predicts:
                 loss_fn = compute_metrics = None
-                sinks = [files]
-            loss = predictions = None
+            collects, loss, predictions = files is not None or compute_metrics is not None, None, None
             with run.precision.autocast():
                 if loss_fn is not None:
                     loss = loss_fn(model, inputs)
                     loss, predictions = loss if isinstance(loss, tuple) else (loss, None)
-                if sinks and (predict_fn is not None or predictions is None):
+                if collects and (predict_fn is not None or predictions is None):
                     predictions = predict_fn(model, inputs) if predict_fn else model(**{k: v for k, v in inputs.items() if k not in names})
             if loss is not None and batch["num_samples"]:        # filler has no weight
                 loss_sum = loss_sum + loss.double()     # on the device: no sync per batch
-            if sinks:
-                labels = as_rows({name: inputs[name] for name in names}) if names else None
-                predictions = as_rows(predictions)
-                predictions = predictions if preprocess is None else as_rows(preprocess(predictions, labels))
-                waiting.append((predictions, labels, batch["num_samples"]))
+            if collects:
+                labels = as_rows("labels", {name: inputs[name] for name in names}) if names else {}
+                rows = as_rows("predictions", predictions)
+                if preprocess is not None:
+                    rows = as_rows("predictions", preprocess(pick(rows, "predictions"), pick(labels, "labels")))
+                waiting.append((rows | labels, batch["num_samples"]))
                 if len(waiting) == (run.args.eval_accumulation_steps or 1):
-                    hand_over(world, waiting, sinks)
+                    hand_over(world, waiting, compute_metrics, files)
             num_items += batch["num_items"]
             num_samples += batch["num_samples"]
             num_batches += 1
             if not trial:
                 run.callbacks.fire("on_prediction_step", run, eval_dataloader=loader)
-        hand_over(world, waiting, sinks)
+        hand_over(world, waiting, compute_metrics, files)
         num_items, num_samples = world.sum(num_items, num_samples)
         if num_samples == 0:
             raise UsageError("the data set to evaluate is empty: it gave no sample")
@@ -167,7 +167,8 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
                 return {}       # one round may be too little for it
             metrics |= named_numbers(found, prefix)
     seconds = time.perf_counter() - start
-    metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds, f"{prefix}_steps_per_second": num_batches / seconds, **(world.memory.read() if stage else {})}
+    metrics |= {f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": num_samples / seconds,
+                f"{prefix}_steps_per_second": num_batches / seconds, **(world.memory.read() if stage else {})}
     return world.gather_json(metrics)[0]        # what a rank has drawn or timed must not make it decide alone
 
 
@@ -202,13 +203,19 @@ def label_names(args, batch: Batch) -> list[str]:
     return names if all(name in batch for name in names) else []
 
 
-def as_rows(outputs) -> Tensor | tuple[Tensor, ...]:
-    """What a model returns, as a tensor or several: of a mapping its values without the loss, of lists and tuples what is in them, of
-    another object its .logits. What is no tensor, such as a cache of keys and values, is left out; one alone stands for itself."""
+def as_rows(kind: str, outputs) -> dict[str, Tensor]:
+    """What a model returns as tensors called `kind`, or {kind}_0, {kind}_1 ... if there are several: of a mapping its values without the
+    loss, of lists and tuples what is in them, of another object its .logits. What is no tensor, such as a cache of keys, is left out."""
     found = list(find_tensors(outputs))
     if not found:
-        raise UsageError(f"predictions are a {type(outputs).__name__} without tensors; expected tensors with one row per sample")
-    return found[0] if len(found) == 1 else tuple(found)
+        raise UsageError(f"{kind} are a {type(outputs).__name__} without tensors; expected tensors with one row per sample")
+    return {kind if len(found) == 1 else f"{kind}_{i}": tensor for i, tensor in enumerate(found)}
+
+
+def pick(rows: dict[str, Tensor], kind: str) -> Tensor | tuple[Tensor, ...] | None:
+    """The inverse: as users see them, a tensor or several."""
+    found = tuple(tensor for name, tensor in rows.items() if name.startswith(kind))
+    return found[0] if len(found) == 1 else found or None
 
 
 def find_tensors(outputs) -> Iterator[Tensor]:
@@ -222,123 +229,110 @@ def find_tensors(outputs) -> Iterator[Tensor]:
             yield from find_tensors(each)
 
 
-def hand_over(world: World, waiting: list[tuple], sinks: list) -> None:
+def hand_over(world: World, waiting: list[tuple[dict[str, Tensor], int]], compute_metrics: Metrics, files: PredictionFiles | None) -> None:
     """Gives metrics and files the rows of all ranks, and forgets them."""
-    for predictions, labels, num_samples in waiting:
-        found = [None if rows is None else gather_rows(world, rows, num_samples) if isinstance(rows, Tensor) else
-                 tuple(gather_rows(world, each, num_samples) for each in rows) for rows in (predictions, labels)]
-        for sink in sinks:
-            sink.update(*found)
+    for rows, num_samples in waiting:
+        rows = gather_rows(world, rows, num_samples)
+        if hasattr(compute_metrics, "update"):
+            compute_metrics.update(pick(rows, "predictions"), pick(rows, "labels"))
+        if files is not None:
+            files.append(rows)
     waiting.clear()
+
+
+def gather_rows(world: World, rows: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:
+    """Rows (B, ...) of all ranks in rank order, that is in data order, without filler: (sum of num_samples, ...), on the CPU. Ranks may
+    differ in every size; shorter rows are filled with -100 as in the HF Trainer. 16-bit floats become float32, whole numbers int64."""
+    for name, tensor in rows.items():
+        if tensor.ndim == 0 or len(tensor) != max(num_samples, 1):
+            raise UsageError(f"{name} of shape {tuple(tensor.shape)} came for {num_samples} samples: metrics and predict need one row per "
+                             f"sample; give a predict_fn, or preprocess_logits_for_metrics, that returns that")
+    types = {name: torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else torch.int64 for name, tensor in rows.items()}
+    rows = {name: tensor[:num_samples].to("cpu", types[name]).contiguous() for name, tensor in rows.items()}     # some types have no -100
+    if world.world_size == 1:
+        return rows
+    parts = [load(part) for part in world.gather_bytes(save(rows))]
+    dims = [{name: tensor.ndim for name, tensor in part.items()} for part in parts]
+    if other := [rank for rank, found in enumerate(dims) if found != dims[0]]:
+        raise UsageError(f"ranks 0 and {other[0]} have outputs and labels of different dimensions, {dims[0]} and {dims[other[0]]}: "
+                         f"give the same everywhere")
+    widest = {name: [max(sizes) for sizes in zip(*(part[name].shape[1:] for part in parts))] for name in rows}
+    return {name: torch.cat([pad_to(part[name], shape) for part in parts]) for name, shape in widest.items()}
+
+
+def pad_to(rows: Tensor, shape: list[int]) -> Tensor:
+    """(B, ...) as (B, *shape)."""
+    padded = rows.new_full((len(rows), *shape), -100)
+    padded[tuple(map(slice, rows.shape))] = rows
+    return padded
 
 
 class PredictionFiles:
     """Predictions and labels in numpy's .npy files, one for each tensor: stem_predictions.npy, or stem_predictions_0.npy and so on. The
-    rank that writes appends rows to nameless files as they come; only at the end it is known how many there are and how wide the widest
-    is. After `finish`, predictions and label_ids are these files, memory-mapped, on all ranks."""
+    rank that writes keeps them in nameless files as they come; only at the end it is known how many rows there are and how wide the
+    widest is. After `finish`, predictions and label_ids are these files, memory-mapped, on all ranks."""
 
     def __init__(self, world: World, stem: str):
         self.world, self.stem = world, stem
+        self.parts: dict[str, list[Tensor]] = {}        # of each tensor: what was appended, on the meta device
+        self.raw = defaultdict(partial(tempfile.TemporaryFile, dir=os.path.dirname(stem)))
 
-    def reset(self) -> None:
-        self.parts: dict[str, list[tuple]] = {}     # of each file: (dtype, shape) of what was appended
-        self.raw: dict[str, Any] = {}
-
-    def update(self, predictions, labels) -> None:
+    def append(self, rows: dict[str, Tensor]) -> None:
         with self.world.writing(self.stem):
-            for kind, rows in (("predictions", predictions), ("labels", labels)):
-                tensors = () if rows is None else (rows,) if isinstance(rows, Tensor) else rows
-                for i, tensor in enumerate(tensors):
-                    path, array = f"{self.stem}_{kind}{f'_{i}' * (len(tensors) > 1)}.npy", tensor.numpy()
-                    parts = self.parts.setdefault(path, [])
-                    if parts and (parts[0][0] != array.dtype or len(parts[0][1]) != array.ndim):
-                        raise UsageError(f"{kind} {array.dtype} of shape {array.shape} came after {parts[0][0]} of {parts[0][1]}: give all batches the same type")
-                    parts.append((array.dtype, array.shape))
-                    if self.world.writes:
-                        if path not in self.raw:
-                            self.raw[path] = tempfile.TemporaryFile(dir=os.path.dirname(path))      # noqa: SIM115
-                        self.raw[path].write(np.ascontiguousarray(array).data)
+            for name, tensor in rows.items():
+                parts = self.parts.setdefault(name, [])
+                parts.append(tensor.to("meta"))
+                if tensor.dtype != parts[0].dtype or tensor.ndim != parts[0].ndim:
+                    raise UsageError(f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} came after {parts[0].dtype} of "
+                                     f"{tuple(parts[0].shape)}: give all batches the same type")
+                if self.world.writes:
+                    np.save(self.raw[name], tensor.numpy())
 
     def finish(self, keep: bool) -> None:
         """keep: else the files have no names any more, and are gone when nobody looks at them."""
         with self.world.writing(self.stem):
-            if len({sum(shape[0] for _, shape in parts) for parts in self.parts.values()}) > 1:
+            if len({sum(map(len, parts)) for parts in self.parts.values()}) > 1:
                 raise UsageError("some batches had labels or predictions that others lack: give all samples the same columns")
             if self.world.writes:
                 self.remove()       # those of another time
-                for path, raw in self.raw.items():
-                    self.write(path, raw, self.parts[path])
+                for name, raw in self.raw.items():
+                    self.write(name, raw)
         with self.world.writing(self.stem):
-            found = {kind: tuple(torch.from_numpy(np.load(path, mmap_mode="c")) for path in self.parts if path.startswith(f"{self.stem}_{kind}"))
-                     for kind in ("predictions", "labels")}
-        if not keep:
+            found = {name: torch.from_numpy(np.load(f"{self.stem}_{name}.npy", mmap_mode="c")) for name in self.parts}
+        if not keep and self.world.writes:
             self.remove()
-        self.predictions, self.label_ids = (None if not tensors else tensors[0] if len(tensors) == 1 else tensors for tensors in found.values())
+        self.predictions, self.label_ids = pick(found, "predictions"), pick(found, "labels")
 
-    def write(self, path: str, raw, parts: list[tuple]) -> None:
-        widest = [max(sizes) for sizes in zip(*(shape[1:] for _, shape in parts))]
-        dtype, total = parts[0][0], sum(shape[0] for _, shape in parts)
+    def write(self, name: str, raw: IO[bytes]) -> None:
+        parts, path = self.parts[name], f"{self.stem}_{name}.npy"
+        widest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
         raw.seek(0)
         with raw, open(path + ".tmp", "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (total, *widest)})
-            for _, shape in parts:
-                rows = np.frombuffer(bytearray(raw.read(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
-                file.write(pad_to(torch.from_numpy(rows), [shape[0], *widest]).numpy().data)
+            for i in range(len(parts)):
+                array = pad_to(torch.from_numpy(np.load(raw)), widest).numpy()
+                if i == 0:
+                    np.lib.format.write_array_header_1_0(file, {"descr": array.dtype.str, "fortran_order": False,
+                                                                "shape": (sum(map(len, parts)), *widest)})
+                file.write(array.data)
         os.replace(path + ".tmp", path)     # who still looks at an older one keeps it
 
     def remove(self) -> None:
-        for path in glob.glob(f"{glob.escape(self.stem)}_predictions*.npy") + glob.glob(f"{glob.escape(self.stem)}_labels*.npy") if self.world.writes else ():
-            os.remove(path)
+        for kind in ("predictions", "labels"):
+            for path in glob.glob(f"{glob.escape(self.stem)}_{kind}*.npy"):
+                os.remove(path)
 
 
 def save_results(run: Run, split: str, metrics: dict[str, float]) -> None:
     """Writes {split}_results.json and puts the same into all_results.json, beside what other splits have put there."""
-    paths = [os.path.join(run.args.output_dir, f"{name}_results.json") for name in (split, "all")]
-    with run.world.writing(paths[0]):
-        for path in paths if run.world.writes else ():
-            known = {}
-            if path == paths[1] and os.path.exists(path):
-                with open(path) as file:
-                    known = json.load(file)
-            with open(path + ".tmp", "w") as file:
-                json.dump({**known, **metrics}, file, indent=4, sort_keys=True, default=float)      # numpy's numbers too
-            os.replace(path + ".tmp", path)
+    folder = run.args.output_dir
+    with run.world.writing(os.path.join(folder, f"{split}_results.json")):
+        if run.world.writes:
+            known = read_json(folder, "all_results.json") if os.path.exists(os.path.join(folder, "all_results.json")) else {}
+            for name, results in ((split, metrics), ("all", known | metrics)):      # float: numpy's numbers too
+                replace_json(os.path.join(folder, f"{name}_results.json"), results, indent=4, sort_keys=True, default=float)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """A micro-batch with its tensors on `device` and without its counts, as losses and models get it."""
-    def move(value):
-        if isinstance(value, dict):
-            return {key: move(part) for key, part in value.items()}
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-    return {key: move(value) for key, value in batch.items() if key not in ("num_items", "num_samples")}
-
-
-def gather_rows(world: World, rows: Tensor, num_samples: int) -> Tensor:
-    """Rows (B, ...) of all ranks in rank order, that is in data order, without filler: (sum of num_samples, ...), on the CPU. Ranks may
-    differ in every size; shorter rows are filled with -100 as in the HF Trainer. 16-bit floats become float32, whole numbers int64."""
-    if rows.ndim == 0 or len(rows) != max(num_samples, 1):
-        raise UsageError(f"a prediction or label of shape {tuple(rows.shape)} came for {num_samples} samples: metrics and predict need one row per "
-                         f"sample; give a predict_fn, or preprocess_logits_for_metrics, that returns that")
-    if rows.is_floating_point():
-        rows = rows.float() if rows.element_size() < 4 else rows
-    else:
-        rows = rows.long()      # of others, some have no -100
-    rows = rows.cpu()
-    if world.world_size == 1:
-        return rows
-    told = world.gather(torch.tensor([num_samples, rows.ndim, *rows.shape, *[0] * 8])[:8])      # (world, 8)
-    (ndim, *other), shapes = set(told[:, 1].tolist()), told[:, 2:2 + rows.ndim]
-    if other or ndim > 6:
-        raise UsageError(f"predictions or labels of rank {world.rank} have shape {tuple(rows.shape)}, and {told[:, 1].tolist()} dimensions by rank: give "
-                         f"equally many everywhere, and at most 6")
-    padded = pad_to(rows, shapes.amax(0).tolist())
-    return torch.cat([part[:n] for part, n in zip(world.gather(padded), told[:, 0].tolist())])
-
-
-def pad_to(tensor: Tensor, shape: list[int]) -> Tensor:
-    if list(tensor.shape) == shape:
-        return tensor
-    padded = tensor.new_full(shape, -100)
-    padded[tuple(slice(n) for n in tensor.shape)] = tensor
-    return padded
+    return {key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items() if key not in ("num_items", "num_samples")}

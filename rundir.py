@@ -18,7 +18,7 @@ import sys
 import time
 
 from state import UsageError
-from storage import PLAIN_NAME, describe_file, read_json, reading, show
+from storage import PLAIN_NAME, describe_file, read_json, reading, replace_json, show
 from world import World
 
 FORMAT = 5     # of the folder, in its manifest
@@ -57,20 +57,20 @@ def find_checkpoint(args, world: World) -> str | None:
     for path in candidates:
         if path == wanted and world.gather_json(is_of_hf_trainer(path))[0]:
             if not args.trains:
-                raise UsageError(f"{path} is of the HF Trainer: to evaluate it, first make a run of it, python -m tools.convert from-hf {path} DIR", 3)
-            write_status(output_dir, world, job=job)
-            return path         # train.assemble takes it over, when it knows model and data
+                raise UsageError(f"{path} is of the HF Trainer: to evaluate it, first make a run of it, "
+                                 f"python -m tools.convert from-hf {path} DIR", 3)
+            break       # train.assemble takes it over, when it knows model and data
         problem, is_damaged = find_damage(path, world, args.save_on_each_node, only_model=not args.trains)
         if problem is None:
             with world.writing(output_dir):
                 if world.writes:
                     os.makedirs(output_dir, exist_ok=True)
-                for old in damaged if args.trains else ():
-                    if world.writes and os.path.lexists(old):
-                        os.rename(old, unused_path(os.path.join(output_dir, f"damaged-{os.path.basename(old)}")))
-            if args.trains:
-                write_status(output_dir, world, job=job)
-            return path
+                    for old in filter(os.path.lexists, damaged):
+                        new = os.path.join(output_dir, f"damaged-{os.path.basename(old)}")
+                        while os.path.lexists(new):
+                            new += "+"
+                        os.rename(old, new)
+            break
         if path == wanted and not restarted:
             raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}", 3)
         if not args.trains:     # an older one would have other results
@@ -78,14 +78,18 @@ def find_checkpoint(args, world: World) -> str | None:
         if world.is_main:
             print(f"warning: {path} is skipped: {problem}", file=sys.stderr)
         damaged += [path] if is_damaged else []
-    if not args.trains:
-        raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{' of a best update' * args.load_best_model_at_end} in "
-                         f"{output_dir}: give --resume_from_checkpoint PATH, or --do_train to train first", 3)
-    if candidates or (wanted or "").lower() == "true":
-        raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
-                         f"give the path of one, or start a new run in another --output_dir", 3)
-    write_status(output_dir, world, job=job)
-    return None
+    else:
+        path = None
+        if not args.trains:
+            best = " of a best update" * args.load_best_model_at_end
+            raise UsageError(f"--do_eval and --do_predict alone use a checkpoint, and there is none{best} in {output_dir}: "
+                             f"give --resume_from_checkpoint PATH, or --do_train to train first", 3)
+        if candidates or (wanted or "").lower() == "true":
+            raise UsageError(f"--resume_from_checkpoint {wanted}: no {'complete ' if candidates else ''}checkpoint in {output_dir}; "
+                             f"give the path of one, or start a new run in another --output_dir", 3)
+    if args.trains:
+        write_status(output_dir, world, job=job)
+    return path
 
 
 def list_candidates(args, restarted: bool) -> list[str]:
@@ -176,19 +180,16 @@ def holds_run(output_dir: str) -> str:
     return "metrics.jsonl" if os.path.exists(log) and os.path.getsize(log) else ""
 
 
-def unused_path(path: str) -> str:
-    return unused_path(path + "+") if os.path.lexists(path) else path
-
-
 def is_of_hf_trainer(path: str) -> bool:
     """Whether a folder is a checkpoint of the Hugging Face Trainer."""
     return os.path.isfile(os.path.join(path, "trainer_state.json")) and not os.path.lexists(os.path.join(path, "manifest.json"))
 
 
 def find_damage(path: str, world: World, each_node: bool, only_model: bool = False) -> tuple[str | None, bool]:
-    """(why a checkpoint cannot be used, or None; whether it is damaged). only_model: weights alone will do. Ranks share the hashing of its files. Raises
-    UsageError if it is another version's, which may still need it: it is neither skipped nor, later, replaced."""
-    kind, problem, identity = "", "", ""
+    """(why a checkpoint cannot be used, or None; whether it is damaged). only_model: weights alone will do. Ranks share the hashing of its
+    files. Raises UsageError if it is another version's, which may still need it: it is neither skipped nor, later, replaced."""
+    kind = problem = identity = ""
+    rank, ranks = (world.local_rank, world.local_world_size) if each_node else (world.rank, world.world_size)
     try:
         manifest = read_manifest(path)
         identity = manifest["sha256"]
@@ -197,7 +198,7 @@ def find_damage(path: str, world: World, each_node: bool, only_model: bool = Fal
         elif manifest["only_model"] and not only_model:
             kind, problem = "partial", "it holds weights alone (--save_only_model)"
         else:
-            check_files(path, manifest, *((world.local_rank, world.local_world_size) if each_node else (world.rank, world.world_size)))
+            check_files(path, manifest, rank, ranks)
     except UsageError as error:
         kind, problem = "damaged", str(error).removeprefix(path + os.sep)
     reports = world.gather_json([kind, problem, identity])
@@ -227,8 +228,8 @@ def read_manifest(path: str) -> dict:
         if steps := list_checkpoints(path):
             raise UsageError(f"{path}: it is the folder of a run: give a checkpoint in it, such as checkpoint-{steps[0]}", 3)
         if not os.path.lexists(os.path.join(path, "manifest.json")):
-            raise UsageError(f"{path}{os.sep}manifest.json is missing: it is no complete checkpoint of this trainer"
-                             + "; a model of transformers is for recipes such as recipes/finetune_lm.py" * os.path.exists(os.path.join(path, "config.json")), 3)
+            theirs = "; a model of transformers is for recipes such as recipes/finetune_lm.py" * os.path.exists(os.path.join(path, "config.json"))
+            raise UsageError(f"{path}{os.sep}manifest.json is missing: it is no complete checkpoint of this trainer{theirs}", 3)
         manifest = read_json(path, "manifest.json")
         if manifest["sha256"] != checksum(manifest):
             raise ValueError("it is not what was saved: its own checksum is another")
@@ -285,22 +286,16 @@ def looks_complete(path: str) -> bool:
 
 def remove(path: str) -> None:
     """Removes a folder, or a link but not what it points to."""
-    if os.path.islink(path):
-        os.unlink(path)
-    else:
-        shutil.rmtree(path)
+    (os.unlink if os.path.islink(path) else shutil.rmtree)(path)
 
 
 def write_status(output_dir: str, world: World, **changes) -> None:
     """Tells others how the run is: {"state": "running" | "finished" | "stopped" | "failed", "step", "reason", "exit"}, and until it
     is finished when its job was started, and the number that torchrun gave the job."""
     world.status.update(changes)
-    path = os.path.join(output_dir, "status.json")
     if world.is_main:
         with contextlib.suppress(OSError):      # a full disk has been told of already, and must not hide the reason
-            with open(path + ".tmp", "w") as file:
-                json.dump(world.status, file)
-            os.replace(path + ".tmp", path)
+            replace_json(os.path.join(output_dir, "status.json"), world.status)
 
 
 def read_status(output_dir: str) -> dict:

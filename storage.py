@@ -15,7 +15,8 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from itertools import chain
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool}     # safetensors' names
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class FilePlan(NamedTuple):
@@ -52,11 +54,11 @@ def plan_tensors(tensors: dict[str, Tensor], mine: dict[str, tuple[Tensor, int]]
     mine = {key: (tensor, 0) for key, tensor in tensors.items()} if mine is None else mine
     end = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):    # keeps each one aligned
-        name = next((name for name, known in DTYPES.items() if known == tensor.dtype), None)
-        if name is None:
-            raise UsageError(f"{key} is a tensor of {tensor.dtype}, which the safetensors format does not have: use --save_strategy no, or another type")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise UsageError(f"{key} is a tensor of {tensor.dtype}, which the safetensors format does not have: "
+                             f"use --save_strategy no, or another type")
         begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
@@ -64,38 +66,26 @@ def plan_tensors(tensors: dict[str, Tensor], mine: dict[str, tuple[Tensor, int]]
     return FilePlan(len(text).to_bytes(8, "little") + text, data + end, sorted(places, key=lambda place: place[1]), shared)
 
 
-def create_file(path: str, plan: FilePlan) -> None:
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-        write_at(descriptor, memoryview(plan.header), 0)
-        os.truncate(descriptor, plan.size)
-
-
 def write_file(path: str, plan: FilePlan, wrote: Callable[[int], object] = lambda size: None) -> dict:
-    """Writes a file, or this rank's tensors into a shared one, and forces it to the disk. Returns its size and SHA-256, which
+    """Writes a file, or this rank's tensors into a shared one that is there, and forces it to the disk. Returns its size and SHA-256, which
     is worked out beside the writing; of a shared one it means nothing. wrote: is told of each piece how many bytes it has."""
     digest = hashlib.sha256()
-    with opened(path, os.O_WRONLY | (0 if plan.shared else os.O_CREAT | os.O_EXCL)) as descriptor, ThreadPoolExecutor(1) as beside:
-        parts = [] if plan.shared else [(0, memoryview(plan.header))]
-        for position, data in (*parts, *((at, tensor) for _, at, tensor in plan.tensors)):
-            data = as_bytes(data) if isinstance(data, Tensor) else data
+    with open(path, "r+b" if plan.shared else "xb") as file, ThreadPoolExecutor(1) as beside:
+        if not plan.shared:
+            file.truncate(plan.size)
+        header = [] if plan.shared else [(0, memoryview(plan.header))]
+        for position, data in chain(header, ((at, as_bytes(tensor)) for _, at, tensor in plan.tensors)):
             for start in range(0, len(data), CHUNK_BYTES):
                 chunk = data[start:start + CHUNK_BYTES]
                 hashing = None if plan.shared else beside.submit(digest.update, chunk)      # lets go of the interpreter lock
-                write_at(descriptor, chunk, position + start)
+                while len(chunk):
+                    count = os.pwrite(file.fileno(), chunk, position)
+                    wrote(count)
+                    position, chunk = position + count, chunk[count:]
                 if hashing is not None:
                     hashing.result()
-                wrote(len(chunk))
-        os.fsync(descriptor)
+        os.fsync(file.fileno())
     return {"bytes": plan.size, "sha256": digest.hexdigest()}
-
-
-@contextlib.contextmanager
-def opened(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -103,16 +93,13 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def write_at(descriptor: int, data: memoryview, position: int) -> None:
-    while len(data):
-        written = os.pwrite(descriptor, data, position)
-        data, position = data[written:], position + written
-
-
 def sync(path: str) -> None:
     """Forces a file or folder to the disk: a rename must not become durable before what it names."""
-    with opened(path) as descriptor:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def describe_file(path: str) -> dict:
@@ -145,6 +132,13 @@ def read_json(folder: str, name: str) -> dict:
     return content
 
 
+def replace_json(path: str, content: dict, **options) -> None:
+    """Who reads the file finds the old content or the new, and never a half."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, **options)
+    os.replace(path + ".tmp", path)
+
+
 def show(value) -> str:
     """A value out of a file for a message: it may be of any length, and not printable."""
     return ascii(str(value)[:200])[1:-1]
@@ -166,7 +160,7 @@ class Stored(NamedTuple):
 
     start: int
     stop: int | None
-    descriptor: int
+    file: BinaryIO
     position: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -188,12 +182,11 @@ class PartFiles(contextlib.ExitStack):
                 self.add(os.path.join(path, name))
 
     def add(self, path: str) -> None:
-        descriptor = self.enter_context(opened(path, os.O_RDONLY | os.O_NOFOLLOW))
-        size = os.fstat(descriptor).st_size
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        file = self.enter_context(open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)))    # noqa: SIM115
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if 8 + length > min(size, MAX_JSON_BYTES):
             raise ValueError(f"its header should have {length:,} bytes")
-        header = json.loads(os.pread(descriptor, length, 8))
+        header = json.loads(file.read(length))
         numbers = json.loads(header.pop("__metadata__", {}).get("numbers", "{}"))
         if not all(type(value) is bool or alike(value, None) for value in numbers.values()):
             raise ValueError("its metadata holds other things than numbers")
@@ -204,7 +197,8 @@ class PartFiles(contextlib.ExitStack):
             if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end > size - 8 - length \
                     or end - begin != math.prod(shape) * dtype.itemsize or stop and int(stop) - int(first) != math.prod(shape):
                 raise ValueError(f"{show(key)} should have shape {show(shape)} in bytes {begin} to {end}")
-            self.found.setdefault(base, []).append(Stored(int(first or 0), int(stop) if stop else None, descriptor, 8 + length + begin, dtype, shape))
+            stored = Stored(int(first or 0), int(stop) if stop else None, file, 8 + length + begin, dtype, shape)
+            self.found.setdefault(base, []).append(stored)
         places = sorted(entry["data_offsets"] for entry in header.values())
         if [*(begin for begin, _ in places), size - 8 - length] != [0, *(end for _, end in places)]:
             raise ValueError("its tensors overlap or leave gaps")
@@ -219,11 +213,13 @@ class PartFiles(contextlib.ExitStack):
         direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == pieces[0].dtype
         buffer = target if direct else torch.empty(target.shape, dtype=pieces[0].dtype)
         view, at, last = as_bytes(buffer.detach()), first, first + target.numel()
-        for start, stop, descriptor, position, dtype, shape in pieces:
+        for start, _, file, position, dtype, shape in pieces:
             upto = min(last, start + math.prod(shape))
             if start <= at < upto and dtype == buffer.dtype:
                 part = view[(at - first) * dtype.itemsize:(upto - first) * dtype.itemsize]
-                read_at(descriptor, part, position + (at - start) * dtype.itemsize)
+                file.seek(position + (at - start) * dtype.itemsize)
+                if file.readinto(part) != len(part):
+                    raise OSError("a file ends too early")
                 at = upto
         if at != last:
             raise ValueError(f"elements {at} to {last} of {name} are missing")
@@ -238,11 +234,3 @@ class PartFiles(contextlib.ExitStack):
         tensor = torch.empty(stored.shape if alone else part.piece.shape, dtype=stored.dtype)
         self.fill(name, 0 if alone else part.start, tensor)
         return tensor
-
-
-def read_at(descriptor: int, target: memoryview, position: int) -> None:
-    while len(target):
-        count = os.preadv(descriptor, [target[:CHUNK_BYTES]], position)
-        if count == 0:
-            raise OSError("a file ends too early")
-        target, position = target[count:], position + count

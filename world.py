@@ -95,12 +95,15 @@ class World:
             dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Those of all ranks, of any lengths."""
+        sizes = self.gather(torch.tensor(len(data))).tolist()
+        padded = torch.frombuffer(bytearray(data.ljust(max(sizes), b"\0")), dtype=torch.uint8)
+        return [row[:size].numpy().tobytes() for row, size in zip(self.gather(padded), sizes)]
+
     def gather_json(self, value) -> list:
         """JSON values of all ranks, the same list on every rank."""
-        text = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
-        sizes = self.gather(torch.tensor(len(text)))
-        padded = torch.nn.functional.pad(text, (0, int(sizes.max()) - len(text)))
-        return [json.loads(bytes(row[:size].numpy())) for row, size in zip(self.gather(padded), sizes.tolist())]
+        return [json.loads(data) for data in self.gather_bytes(json.dumps(value).encode())]
 
     def raise_together(self, error: Exception | None) -> None:
         """Raises on every rank if any rank has an error: its own, or one that tells the first one's, with the same exit code."""
@@ -212,8 +215,8 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceM
     size = args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if args.strategy == "hsdp" and (world_size % size or size in (1, world_size)):
         sizes = [str(n) for n in range(2, world_size // 2 + 1) if world_size % n == 0]
-        raise UsageError(f"--strategy hsdp splits {world_size} ranks into groups of --hsdp_shard_size={size} (by default all ranks of a host), and needs "
-                         f"at least 2 full groups of at least 2: {f'give {sizes[0]}, or' if sizes else ''} use --strategy fsdp")
+        raise UsageError(f"--strategy hsdp splits {world_size} ranks into groups of --hsdp_shard_size={size} (by default all ranks of a host), "
+                         f"and needs at least 2 full groups of at least 2: {f'give {sizes[0]}, or' if sizes else ''} use --strategy fsdp")
     if args.strategy not in ("fsdp", "hsdp"):
         return None
     from torch.distributed.device_mesh import DeviceMesh

@@ -343,7 +343,7 @@ def test_ranks_agree_on_metrics_and_bools_and_bytes_can_be_filled(ranks, tmp_pat
 def test_predictions_that_change_their_type_or_that_some_batches_lack_are_refused(tmp_path):
     with toy_run(arguments(tmp_path, per_device_eval_batch_size=1), eval_set=sequences(2)) as (run, _, loader):
         turns = iter([torch.long, torch.float32])
-        with pytest.raises(UsageError, match="came after int64"):
+        with pytest.raises(UsageError, match="came after torch.int64"):
             predict(run, loader, lambda model, batch: batch["input_ids"].to(next(turns)))
         sizes = iter([1, 2])
         with pytest.raises(UsageError, match="others lack"):

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from args import TrainArgs
-from checkpoint import PLANNED, misfits, model_weights, plain_settings, plan_manifest, read_plan, tied_names
+from checkpoint import PLANNED, misfits, model_weights, plain_settings, plan_manifest, tied_names
 from loader import Loader
 from optim import parameter_groups
 from rundir import find_damage, holds_run, verify
 from state import TrainState, UsageError, run_main
 from storage import PLAIN_NAME, FilePlan, PartFiles, alike, plan_json, plan_tensors, read_json, reading, show, sync, write_file
+from tools.formats import read_plan
 from tools.inspect import newest
 from world import World, print0
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters import Lora, add_lora
+from adapters import add_lora
 from args import TrainArgs
 from callbacks import Callback
 from checkpoint import load_model
@@ -21,6 +21,7 @@ from model import GPT, Cache, build_model
 from rundir import verify
 from state import UsageError, run_main
 from storage import PartFiles, read_json
+from tools.formats import lora_from_peft
 from tools.inspect import newest
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> str:
     args = TrainArgs(**{k: v for k, v in read_json(flags.checkpoint, "args.json").items() if k in known})
     model = build_model(args)
     if os.path.exists(os.path.join(flags.checkpoint, "adapter_config.json")):
-        add_lora(model, Lora.from_peft(flags.checkpoint), args.lora_base)
+        add_lora(model, lora_from_peft(flags.checkpoint), args.lora_base)
     load_model(model, flags.checkpoint)
     with PartFiles(flags.checkpoint, "ema") as averages:       # what evaluations saw, if there are any
         for name, p in model.named_parameters():
