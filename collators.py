@@ -2,8 +2,7 @@
 knows what the loss sums over: labels that are not -100 if `labels` are whole numbers, else samples. `label` and `label_ids` are called
 `labels`, as in the HF Trainer. A collator with `random = True` is given `seeds` too, one int per sample, on which alone its draws depend;
 `columns` are those that it uses itself and the model need not take.
-Shapes: B samples, T tokens of the longest (rounded up to a multiple of pad_to_multiple_of). Those of one task alone are in its recipe:
-MaskedLMCollator in recipes/masked_lm.py, MultipleChoiceCollator in recipes/multiple_choice.py."""
+Shapes: B samples, T tokens of the longest (rounded up to a multiple of pad_to_multiple_of), C choices."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
@@ -23,7 +22,7 @@ def default_collator(samples: list[dict] | Batch) -> Batch:
     """Stacks equally shaped samples; a data set with a batched `__getitems__` may hand over a finished batch instead."""
     if isinstance(samples, Mapping):
         return counted(with_labels(samples))
-    return counted({key: stack(key, values) for key, values in read_columns(samples).items()})
+    return counted({key: stack(key, values) for key, values in read(samples).items()})
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class PaddingCollator:
     pad_to_multiple_of: int | None = field(default=None, kw_only=True)
 
     def __call__(self, samples: list[dict]) -> Batch:
-        return counted(self.pad(read_columns(samples)))
+        return counted(self.pad(read(samples)))
 
     def pad(self, columns: dict[str, list[Tensor]]) -> Batch:
         """Pads what has a value per token, and stacks the rest."""
@@ -53,7 +52,7 @@ class CausalLMCollator(PaddingCollator):
     """Pads, and labels (B, T) each token with the next one; with the next of the sample's own `labels` (T,), -100 on a prompt, if it has any."""
 
     def __call__(self, samples: list[dict]) -> Batch:
-        return counted(self.pad(with_next_labels(read_columns(samples))))
+        return counted(self.pad(with_next_labels(read(samples))))
 
 
 class PackingCollator:
@@ -61,9 +60,49 @@ class PackingCollator:
     sample, by which a model tells that it must not attend to others (as HF's DataCollatorWithFlattening). labels as in CausalLMCollator."""
 
     def __call__(self, samples: list[dict]) -> Batch:
-        columns = with_next_labels(read_columns(samples))
+        columns = with_next_labels(read(samples))
         columns["position_ids"] = [torch.arange(len(ids)) for ids in columns["input_ids"]]
         return counted({key: torch.cat(columns[key]).long()[None] for key in ("input_ids", "position_ids", "labels")})
+
+
+@dataclass(frozen=True)
+class MaskedLMCollator(PaddingCollator):
+    """Chooses tokens with `probability` as labels (B, T), -100 elsewhere. In the input 80% of them become mask_id, 10% any id below
+    vocab_size, 10% stay (Devlin et al. 2019, section 3.1 and appendix A.1). Never chosen: pad_id, special_ids, and where the columns
+    special_tokens_mask is 1 or attention_mask 0. whole_word: words are chosen whole, or not at all if such a token is in them; samples
+    then have `word_ids` (T,) as HF's fast tokenizers give, None or -1 for special tokens, and a word is a run of equal ones."""
+
+    mask_id: int
+    vocab_size: int
+    special_ids: Collection[int] = ()
+    probability: float = 0.15
+    whole_word: bool = False
+    random, columns = True, ("special_tokens_mask", "word_ids")
+
+    def __post_init__(self):
+        if not 0 < self.probability <= 1 or not 0 <= self.mask_id < self.vocab_size:
+            raise UsageError(f"{self}: probability must be in (0, 1], and mask_id in 0..vocab_size-1, in HF 0..len(tokenizer)-1")
+
+    def __call__(self, samples: list[dict], seeds: list[int]) -> Batch:
+        columns = read(samples)
+        ids, barred = tokens(columns, "input_ids"), torch.tensor([self.pad_id, *self.special_ids])
+        words = tokens(columns, "word_ids") if self.whole_word else [torch.arange(len(row)) for row in ids]
+        never = [torch.isin(row, barred) | (word < 0) for row, word in zip(ids, words)]
+        for key, value in (("special_tokens_mask", 1), ("attention_mask", 0)):
+            if key in columns:
+                never = [no | (row == value) for no, row in zip(never, tokens(columns, key))]
+        columns = {key: rows for key, rows in columns.items() if key not in ("word_ids", "special_tokens_mask")}
+        columns["input_ids"], columns["labels"] = map(list, zip(*(self.draw(*row) for row in zip(ids, words, never, seeds, strict=True))))
+        return counted(self.pad(columns))
+
+    def draw(self, ids: Tensor, words: Tensor, never: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        choice, kind = torch.rand(2, len(ids), generator=generator)
+        anything = torch.randint(self.vocab_size, ids.shape, generator=generator)
+        word = torch.unique_consecutive(words, return_inverse=True)[1]          # both texts of a pair count their words from 0
+        chosen = (choice[word] < self.probability) & ~torch.isin(word, word[never])
+        masked = ids.masked_fill(chosen & (kind < 0.8), self.mask_id)
+        return torch.where(chosen & (kind >= 0.9), anything, masked), ids.masked_fill(~chosen, IGNORE)
 
 
 @dataclass(frozen=True)
@@ -73,14 +112,32 @@ class Seq2SeqCollator(PaddingCollator):
     decoder_start_id: int
 
     def __call__(self, samples: list[dict]) -> Batch:
-        columns = read_columns(samples)
+        columns = read(samples)
         labels = self.pad_rows(tokens(columns, "labels", aligned=False), IGNORE)
         decoder_ids = F.pad(labels[:, :-1], (1, 0), value=self.decoder_start_id)
         batch = self.pad({key: rows for key, rows in columns.items() if key != "labels"})
         return counted({**batch, "labels": labels, "decoder_input_ids": decoder_ids.masked_fill(decoder_ids == IGNORE, self.pad_id)})
 
 
-def read_columns(samples: list[dict], but: Collection[str] = ()) -> dict[str, list[Tensor]]:
+class MultipleChoiceCollator(PaddingCollator):
+    """Of samples whose `input_ids` are C lists of tokens and whose label is the right one: input_ids (B, C, T), labels (B,)."""
+
+    def __call__(self, samples: list[dict]) -> Batch:
+        rest, choices = read(samples, but=PADS), []
+        for row, sample in enumerate(samples):
+            counts, first = ({key: len(one[key]) for key in PADS if key in one} for one in (sample, samples[0]))
+            if len({*counts.values(), *first.values()}) != 1 or 0 in counts.values():
+                raise SampleError(row, f"it has choices {counts}, and the first sample of its batch {first}; give equally many to all")
+            choices += [{key: sample[key][choice] for key in counts} for choice in range(max(counts.values()))]
+        try:
+            batch = self.pad(read(choices))
+        except SampleError as error:
+            raise SampleError(error.row * len(samples) // len(choices), f"in one of its choices, {error}") from None
+        return counted({**{key: value.unflatten(0, (len(samples), -1)) for key, value in batch.items()},
+                        **{key: stack(key, values) for key, values in rest.items()}})
+
+
+def read(samples: list[dict], but: Collection[str] = ()) -> dict[str, list[Tensor]]:
     """The values of all samples by key, as tensors; not of the keys `but`."""
     columns = {}
     for row, sample in enumerate(samples):

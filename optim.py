@@ -1,11 +1,11 @@
-"""Optimizers and their parameter groups. To use another one, return it from `build_optimizer`. Two that
-keep less than AdamW, Adafactor and Lion, are in recipes/lean_optimizers.py.
+"""Optimizers and their parameter groups. To use another one, return it from `build_optimizer`.
 
 Sharding (zero.py) cuts parameters anywhere if an optimizer is `elementwise`, unless a group says "whole".
 """
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 
@@ -38,12 +38,8 @@ def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
     try:
         if args.optim == "muon":
             return MuonAdamW(model, args.learning_rate, args.weight_decay, **adamw, **own)
-        if args.optim in ("adafactor", "lion"):
-            from recipes.lean_optimizers import Adafactor, Lion
-            kind, settings = (Adafactor, {}) if args.optim == "adafactor" else (Lion, {"betas": betas})
-        else:
-            kind, settings = {"adamw_torch_fused": (torch.optim.AdamW, {**adamw, "fused": True}), "adamw_torch": (torch.optim.AdamW, adamw),
-                              "sgd": (torch.optim.SGD, {})}[args.optim]
+        kind, settings = {"adamw_torch_fused": (torch.optim.AdamW, {**adamw, "fused": True}), "adamw_torch": (torch.optim.AdamW, adamw),
+                          "sgd": (torch.optim.SGD, {}), "adafactor": (Adafactor, {}), "lion": (Lion, {"betas": betas})}[args.optim]
         return kind(parameter_groups(model, args.weight_decay), **{"lr": args.learning_rate, **settings, **own})
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, UsageError) else \
@@ -69,6 +65,72 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Second moments of a matrix kept as a row and a column. Shazeer and Stern 2018, algorithms 4 and 5, with an external
+    learning rate, as the HF Trainer uses it (scale_parameter=False, relative_step=False): the update is clipped to root mean
+    square `clip_threshold`; the decay of the moments is 1 - step ** decay_rate (section 7.2)."""
+
+    def __init__(self, params, lr: float, eps: float = 1e-30, clip_threshold: float = 1.0, decay_rate: float = -0.8,
+                 beta1: float | None = None, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
+                                  "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.to(torch.promote_types(p.dtype, torch.float32))
+                if not state:
+                    shapes = {"row": p.shape[:-1], "column": p.shape[:-2] + p.shape[-1:]} if p.ndim >= 2 else {"square": p.shape}
+                    if group["beta1"] is not None:
+                        shapes["exp_avg"] = p.shape
+                    state.update({name: grad.new_zeros(shape) for name, shape in shapes.items()}, step=torch.zeros(()))
+                state["step"] += 1
+                decay = 1.0 - math.pow(state["step"].item(), group["decay_rate"])     # a CPU tensor: no device is waited for
+                square = grad**2 + group["eps"]
+                if p.ndim >= 2:
+                    state["row"].mul_(decay).add_(square.mean(dim=-1), alpha=1.0 - decay)
+                    state["column"].mul_(decay).add_(square.mean(dim=-2), alpha=1.0 - decay)
+                    row = (state["row"] / state["row"].mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+                    update = (row * state["column"].unsqueeze(-2).rsqrt()).mul_(grad)
+                else:
+                    state["square"].mul_(decay).add_(square, alpha=1.0 - decay)
+                    update = state["square"].rsqrt().mul_(grad)
+                root_mean_square = update.norm(2) / (update.numel() ** 0.5)
+                update.div_((root_mean_square / group["clip_threshold"]).clamp_(min=1.0)).mul_(group["lr"])
+                if group["beta1"] is not None:
+                    update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
+                if group["weight_decay"] != 0:
+                    p.add_(p, alpha=-group["weight_decay"] * group["lr"])
+                p.add_(-update)
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps by the sign of an interpolated momentum. Chen et al. 2023, algorithm 2: use a 3-10 times smaller learning rate
+    than AdamW's and as much larger weight decay (section 5)."""
+
+    elementwise = True
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(state["exp_avg"].lerp(p.grad, 1 - beta1).sign_(), alpha=-group["lr"])
+                state["exp_avg"].lerp_(p.grad, 1 - beta2)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -110,27 +172,28 @@ class EMA:
 
     def __init__(self, parts: list[Part], decay: float):
         self.parts = [part._replace(piece=part.piece.detach().to(torch.promote_types(part.piece.dtype, torch.float32), copy=True)) for part in parts]
-        self.trained, self.averages = [part.piece for part in parts], [part.piece for part in self.parts]
+        self.trained = [part.piece for part in parts]
         self.average = get_ema_multi_avg_fn(decay)
 
     def restart(self) -> None:
         """From the weights as they are."""
-        copy_all(self.averages, self.trained)
+        for part, p in zip(self.parts, self.trained):
+            part.piece.copy_(p.detach())
 
     def update(self) -> None:
-        self.average(self.averages, [p.detach().to(a.dtype) for p, a in zip(self.trained, self.averages)], None)
+        averages = [part.piece for part in self.parts]
+        self.average(averages, [p.detach().to(a.dtype) for p, a in zip(self.trained, averages)], None)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The pieces have the averages for weights, to evaluate them; then their own again."""
         kept = [p.detach().clone() for p in self.trained]
-        copy_all(self.trained, self.averages)
+        self.set([part.piece for part in self.parts])
         try:
             yield
         finally:
-            copy_all(self.trained, kept)
+            self.set(kept)
 
-
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for target, source in zip(targets, sources):
-        target.detach().copy_(source.detach())
+    def set(self, values: list[Tensor]) -> None:
+        for p, value in zip(self.trained, values):
+            p.detach().copy_(value)

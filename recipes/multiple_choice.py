@@ -12,11 +12,11 @@ import sys
 from functools import cache
 
 from args import TrainArgs
-from collators import PADS, PaddingCollator, counted, read_columns, stack
+from collators import MultipleChoiceCollator
 from data import Data
 from evalloop import likeliest
 from loss import logits_loss
-from state import Batch, SampleError, run_main
+from state import run_main
 from tools.corpora import Vocabulary, multiple_choice
 from tools.metrics import Accuracy
 from train import main
@@ -26,24 +26,6 @@ FLAGS = """--output_dir runs/multiple_choice --max_steps 360 --per_device_train_
  --learning_rate 2e-3 --warmup_steps 50 --weight_decay 0.01 --logging_steps 60
  --eval_strategy steps --eval_steps 360 --save_steps 360 --save_total_limit 1 --do_train --do_eval"""
 MAX_WORDS = 20      # of each text
-
-
-class MultipleChoiceCollator(PaddingCollator):
-    """Of samples whose `input_ids` are C lists of tokens and whose label is the right one: input_ids (B, C, T), labels (B,)."""
-
-    def __call__(self, samples: list[dict]) -> Batch:
-        rest, choices = read_columns(samples, but=PADS), []
-        for row, sample in enumerate(samples):
-            counts, first = ({key: len(one[key]) for key in PADS if key in one} for one in (sample, samples[0]))
-            if len({*counts.values(), *first.values()}) != 1 or 0 in counts.values():
-                raise SampleError(row, f"it has choices {counts}, and the first sample of its batch {first}; give equally many to all")
-            choices += [{key: sample[key][choice] for key in counts} for choice in range(max(counts.values()))]
-        try:
-            batch = self.pad(read_columns(choices))
-        except SampleError as error:
-            raise SampleError(error.row * len(samples) // len(choices), f"in one of its choices, {error}") from None
-        return counted({**{key: value.unflatten(0, (len(samples), -1)) for key, value in batch.items()},
-                        **{key: stack(key, values) for key, values in rest.items()}})
 
 
 @cache

@@ -7,14 +7,14 @@ from transformers import BertConfig, BertForTokenClassification
 
 from collators import (
     CausalLMCollator,
+    MaskedLMCollator,
+    MultipleChoiceCollator,
     PackingCollator,
     PaddingCollator,
     Seq2SeqCollator,
     default_collator,
 )
 from loss import compute_loss, logits_loss
-from recipes.masked_lm import MaskedLMCollator
-from recipes.multiple_choice import MultipleChoiceCollator
 from state import SampleError, UsageError
 from tests.toy import VOCAB, gpt
 

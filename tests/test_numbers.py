@@ -13,9 +13,8 @@ from evalloop import evaluate
 from loop import train
 from loss import compute_loss, cross_entropy, head_cross_entropy
 from model import build_model
-from optim import build_optimizer, parameter_groups, parse_optim_args
+from optim import Adafactor, Lion, build_optimizer, parameter_groups, parse_optim_args
 from precision import Precision
-from recipes.lean_optimizers import Adafactor, Lion
 from rundir import list_checkpoints
 from schedules import Plateau, build_schedule
 from state import UsageError

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from args import TrainArgs
-from collators import PaddingCollator, default_collator
+from collators import MaskedLMCollator, PaddingCollator, default_collator
 from data import build_data, keep_columns
 from loader import Loader
 from loss import logits_loss
-from recipes.masked_lm import MaskedLMCollator
 from state import UsageError
 from tests.toy import arguments, flat, gpt, run_training, sequences
 
