@@ -30,6 +30,7 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,9 @@ class Saver:
         self.stages: list[Callable[[], None]] = []
         self.writer = ThreadPoolExecutor(1)
         run.world.on_exit.callback(self.writer.shutdown)        # the lock is held until nobody writes any more
+        self.free = threading.Event()       # to change the optimizer's state, which is copied beside training: only the optimizer's step does
+        self.free.set()
+        run.optimizer.register_step_pre_hook(lambda *_: self.free.wait() and None)
         self.began = self.seconds = 0.0     # seconds: from the start of the last save to its end
 
     def save(self, last: bool = False) -> None:
@@ -96,14 +100,17 @@ class Saver:
                     for name, plan in files.items():
                         if plan.shared:
                             write_file(os.path.join(self.tmp, name), plan._replace(tensors=[], shared=False))
+            later: dict[str, FilePlan] = {}
             if args.save_async:
-                files = {name: plan._replace(tensors=[(key, at, self.copy(name, key, tensor)) for key, at, tensor in plan.tensors])
-                         for name, plan in files.items()}
+                later = {name: plan for name, plan in files.items() if name.startswith("optimizer-") and world.device.type == "cpu"}
+                files = {name: plan if name in later else self.copied(name, plan) for name, plan in files.items()}
                 if world.device.type == "cuda":
                     torch.cuda.synchronize()
             self.described: dict[str, dict] = {}
             self.stages = [lambda: self.describe_shared(files)]
-            self.stage = self.writer.submit(self.write, files)
+            if later:
+                self.free.clear()
+            self.stage = self.writer.submit(self.write, files, later)
         if not args.save_async:
             self.finish(last)
 
@@ -126,17 +133,22 @@ class Saver:
             else:
                 self.commit()
 
-    def write(self, files: dict[str, FilePlan]) -> None:
+    def write(self, files: dict[str, FilePlan], later: dict[str, FilePlan]) -> None:
+        """Weights and optimizer state at the same time, as hashing takes longer than writing. later: what is still to be copied."""
+        try:
+            files |= {name: self.copied(name, plan) for name, plan in later.items()}
+        finally:
+            self.free.set()
         total = sum(plan.size for plan in files.values())
+
+        def write_one(name: str) -> tuple[str, dict]:
+            try:
+                return name, write_file(os.path.join(self.tmp, name), files[name], bar.update)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} (this rank writes {total:,} bytes)", name) from None
         with tqdm(total=total, desc=f"save checkpoint-{self.step}", unit="B", unit_scale=True, leave=False, delay=1,
-                  disable=not self.run.args.shows_bars) as bar:
-            for name, plan in files.items():
-                try:
-                    described = write_file(os.path.join(self.tmp, name), plan, bar.update)
-                except OSError as error:
-                    raise OSError(error.errno, f"{error.strerror} (this rank writes {total:,} bytes)", name) from None
-                if not plan.shared:
-                    self.described[name] = described
+                  disable=not self.run.args.shows_bars) as bar, ThreadPoolExecutor(2) as writers:
+            self.described |= {name: described for name, described in writers.map(write_one, files) if not files[name].shared}
 
     def describe_shared(self, files: dict[str, FilePlan]) -> None:
         """What several ranks have written is hashed by one, when all are done."""
@@ -170,6 +182,9 @@ class Saver:
         write_status(args.output_dir, world, step=run.state.global_step)
         self.saved_step, self.step, self.seconds = self.step, None, time.monotonic() - self.began
         run.callbacks.fire("on_save", run)
+
+    def copied(self, file: str, plan: FilePlan) -> FilePlan:
+        return plan._replace(tensors=[(key, at, self.copy(file, key, tensor)) for key, at, tensor in plan.tensors])
 
     def copy(self, file: str, key: str, tensor: Tensor) -> Tensor:
         place = file, key, tensor.shape, tensor.dtype

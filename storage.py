@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import BinaryIO, NamedTuple
 
@@ -70,7 +70,8 @@ def write_file(path: str, plan: FilePlan, wrote: Callable[[int], object] = lambd
     """Writes a file, or this rank's tensors into a shared one that is there, and forces it to the disk. Returns its size and SHA-256, which
     is worked out beside the writing; of a shared one it means nothing. wrote: is told of each piece how many bytes it has."""
     digest = hashlib.sha256()
-    with open(path, "r+b" if plan.shared else "xb") as file, ThreadPoolExecutor(1) as beside:
+    with open(path, "r+b" if plan.shared else "xb") as file, ThreadPoolExecutor(1) as beside, ThreadPoolExecutor(1) as behind:
+        forcing: Future | None = None
         if not plan.shared:
             file.truncate(plan.size)
         header = [] if plan.shared else [(0, memoryview(plan.header))]
@@ -84,6 +85,8 @@ def write_file(path: str, plan: FilePlan, wrote: Callable[[int], object] = lambd
                     position, chunk = position + count, chunk[count:]
                 if hashing is not None:
                     hashing.result()
+                if forcing is None or forcing.done():       # the disk works while the next pieces are hashed and written
+                    forcing = behind.submit(os.fdatasync, file.fileno())
         os.fsync(file.fileno())
     return {"bytes": plan.size, "sha256": digest.hexdigest()}
 

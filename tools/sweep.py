@@ -18,11 +18,11 @@ import contextlib
 import ctypes
 import fcntl
 import importlib
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
-import runpy
 import shlex
 import signal
 import subprocess
@@ -105,7 +105,11 @@ def check(flags: argparse.Namespace, given: list[str]) -> argparse.Namespace:
 def load(name: str) -> dict:
     """What a module has, by its name or as the path of a file ending in .py. Raises UsageError for whatever the user's program raises."""
     try:
-        return runpy.run_path(name) if name.endswith(".py") else vars(importlib.import_module(name))
+        if not name.endswith(".py"):
+            return vars(importlib.import_module(name))
+        spec = importlib.util.spec_from_file_location("space_of_sweep", name)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return vars(module)
     except Exception as error:
         raise UsageError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
