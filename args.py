@@ -183,7 +183,7 @@ class TrainArgs:
     @property
     def shows_bars(self) -> bool:
         """Whether this process has progress bars: on rank 0, on a terminal or in a notebook, unless --disable_tqdm says it."""
-        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        watched = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0 or "ipykernel" in sys.modules
         return os.environ.get("RANK", "0") == "0" and (watched if self.disable_tqdm is None else not self.disable_tqdm)
 
     @property
@@ -383,6 +383,8 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
          "--report_histograms needs --report_to tensorboard and --logging_strategy steps")
     need("profile", a.profile is None or re.fullmatch(r"\d{1,12}:\d{1,12}", a.profile) is not None and 1 <= int(a.profile.split(":")[0]) <= int(a.profile.split(":")[1]),
          f"profile={a.profile}: expected the first and the last update of the trace, as 10:12")
+    need("profile max_steps", a.profile is None or a.max_steps < 1 or not a.profile.partition(":")[0].isdigit() or int(a.profile.partition(":")[0]) <= a.max_steps,
+         f"profile={a.profile}: the run ends with update {a.max_steps}, before the trace begins")
     need("skip_memory_metrics", a.skip_memory_metrics or sys.platform == "linux", "--skip_memory_metrics False needs Linux: peaks come from /proc")
     need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")

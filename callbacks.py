@@ -312,12 +312,12 @@ class ProgressCallback(Callback):
         speed = "tokens_per_second" if "tokens_per_second" in logs else "samples_per_second"
         shown = [(k, v) for k, v in logs.items() if k == speed or not k.startswith(("time_", "memory_", "samples_per", "steps_per"))]
         shown.sort(key=lambda item: isinstance(item[1], str))      # text last
-        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {show(v)}" for k, v in shown)
+        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k}: {printable(v)}" if isinstance(v, str) else f"{k} {show(v)}" for k, v in shown)
         on_bar = "loss" in logs and not self.bar.disable
         if on_bar:
             self.bar.set_postfix_str(f"loss {show(logs['loss'])} norm {show(logs['grad_norm'])} lr {show(logs['learning_rate'])} "
                                      f"{show(logs.get(speed))} {speed.partition('_')[0]}/s")
-        if not on_bar or not sys.stdout.isatty():       # a file has all of them
+        if not on_bar or not (sys.stdout.isatty() or "ipykernel" in sys.modules):       # a file has all of them
             tqdm.write(line)        # above the bars, if there are any
             sys.stdout.flush()
 
@@ -333,6 +333,11 @@ class ProgressCallback(Callback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: a model may write anything."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def show(value) -> str:

@@ -116,7 +116,8 @@ def run(argv: list[str], **parts):
         return None
     if argv[0] not in ("warn", "stop"):
         raise UsageError(f"{argv[0]!r}: expected warn or stop, then the flags of train.py")
-    return train.run(argv[1:], callbacks=[SpikeCallback(stop=argv[0] == "stop"), *parts.pop("callbacks", ())], **parts)
+    # the first update's loss is what a run that diverges at once is measured by
+    return train.run(argv[1:], callbacks=[SpikeCallback(stop=argv[0] == "stop"), *parts.pop("callbacks", ())], flags="--logging_first_step", **parts)
 
 
 if __name__ == "__main__":

@@ -165,8 +165,8 @@ def test_a_trace_ends_with_the_run_and_one_that_never_begins_is_an_error(tmp_pat
             control.should_training_stop |= state.global_step == 2
     run_training(arguments(tmp_path, max_steps=5, profile="2:4"), callbacks=[Stop()])
     assert (tmp_path / "profile/rank-0.json").exists()
-    with pytest.raises(UsageError, match="--profile 50:60: the run ends with update 3, before the trace begins"):
-        run_training(arguments(tmp_path / "late", max_steps=3, profile="50:60"))
+    with pytest.raises(UsageError, match="--profile 50:60: the run ends with update 4, before the trace begins"):
+        run_training(arguments(tmp_path / "late", num_train_epochs=1, profile="50:60"))
 
 
 def test_data_that_is_slow_is_told_once(tmp_path, capsys):
@@ -287,7 +287,7 @@ def test_a_notebook_shows_the_bar_and_the_error_of_a_wrong_flag(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"report_to": "tensorbord"}, "report_to=tensorbord: expected tensorboard, wandb, mlflow"),
-                                               ({"report_histograms": True}, "needs --report_to tensorboard"), ({"report_histograms": True, "report_to": "tensorboard", "logging_strategy": "epoch"}, "and --logging_strategy steps"), ({"profile": "3"}, "as 10:12"), ({"profile": "4:3"}, "as 10:12"),
+                                               ({"report_histograms": True}, "needs --report_to tensorboard"), ({"report_histograms": True, "report_to": "tensorboard", "logging_strategy": "epoch"}, "and --logging_strategy steps"), ({"profile": "3"}, "as 10:12"), ({"profile": "4:3"}, "as 10:12"), ({"profile": "9:10"}, "the run ends with update 6, before"),
                                                ({"sample_prompt": "", "eval_strategy": "no"}, "--sample_prompt  needs evaluations")])
 def test_mistakes_are_one_message(changes, said, tmp_path):
     with pytest.raises(UsageError, match=said):

@@ -71,7 +71,7 @@ def check(flags: argparse.Namespace, given: list[str]) -> None:
         raise UsageError(f"--low {flags.low} --high {flags.high} --updates {flags.updates} --smoothing {flags.smoothing}: expected 0 < low < high, "
                          f"a smoothing of 0 or more, and at least 10 updates and 4 times the smoothing")
     own = {"--output_dir", "--learning_rate", "--max_steps", *ONLY_TRAIN[::2], *EACH_UPDATE[::2]}
-    if taken := [name for name in (word.partition("=")[0] for word in given) if name in own]:
+    if taken := sorted({word.partition("=")[0] for word in given} & own):
         raise UsageError(f"{', '.join(taken)} cannot be given: the test sets the learning rate of each of its --updates, which it logs, and does nothing "
                          f"but train, in a folder of its own (--folder)")
     if flags.folder is None and os.environ.get("WORLD_SIZE", "1") != "1":

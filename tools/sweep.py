@@ -1,6 +1,6 @@
 """Searches for the flags that train best: Optuna (Akiba et al. 2019) suggests them, and each trial is an ordinary run, in a folder and a process of its own.
 
-    python -m tools.sweep SPACE.py --folder sweeps/a --trials 20 --workers 2 --task recipes.image_classification -- --max_steps 300
+    python -m tools.sweep SPACE.py --folder sweeps/a --trials 20 --workers 2 --task recipes.image_classification -- --max_steps 300 --eval_strategy steps --eval_steps 100
 
 SPACE.py, or a module, has a function that suggests flags by name; the flags after -- are for all trials:
 
@@ -77,7 +77,7 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workers", type=int, default=1, help="trials that run at a time [%(default)s]")
     parser.add_argument("--task", default="train", help="module with a function run(argv, **parts), as recipes.image_classification [%(default)s]")
     parser.add_argument("--metric", default="eval_loss", help="of evaluations [%(default)s]")
-    parser.add_argument("--direction", choices=("minimize", "maximize"), default="minimize", help="[%(default)s]")
+    parser.add_argument("--direction", choices=("minimize", "maximize"), help="(default: maximize, unless the metric's name ends in loss)")
     parser.add_argument("--pruner", choices=PRUNERS, default="median", help="stops trials that are worse than the median, or not of the best quarter [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the suggestions [%(default)s]")
     parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="at the end compare the best four trials in report.html")
@@ -95,6 +95,7 @@ def check(flags: argparse.Namespace, given: list[str]) -> argparse.Namespace:
         raise UsageError(f"{flags.space} needs a function space(trial), and --task {flags.task} a function run(argv, **parts): one is missing")
     import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    flags.direction = flags.direction or ("minimize" if flags.metric.endswith("loss") else "maximize")      # as --greater_is_better
     flags.suggest, metric = space["space"], "eval_" + flags.metric.removeprefix("eval_")
     words = suggested_words(flags.suggest, optuna.create_study(sampler=optuna.samplers.RandomSampler(flags.seed)).ask())
     flags.about = {"space": Path(space["__file__"]).read_text(), "task": flags.task, "flags": complete(given, words, task, metric, flags.direction),
