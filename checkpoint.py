@@ -74,7 +74,8 @@ class Saver:
         run.world.on_exit.callback(self.writer.shutdown)        # the lock is held until nobody writes any more
         self.free = threading.Event()       # to change the optimizer's state, which is copied beside training: only the optimizer's step does
         self.free.set()
-        run.optimizer.register_step_pre_hook(lambda *_: self.free.wait() and None)
+        if run.args.save_async:
+            run.optimizer.register_step_pre_hook(lambda *_: self.free.wait() and None)
         self.began = self.seconds = 0.0     # seconds: from the start of the last save to its end
 
     def save(self, last: bool = False) -> None:

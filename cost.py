@@ -40,12 +40,12 @@ class Clock:
 
     def timing(self, part: str, iterator: Iterator) -> Iterator:
         """The same iterator, whose work counts as this part."""
-        while True:
-            with self.within(part):
-                item = next(iterator, self)
-            if item is self:
-                return
+        before = self.to(part)
+        for item in iterator:
+            self.to(before)
             yield item
+            before = self.to(part)
+        self.to(before)
 
     def read(self) -> dict[str, float]:
         """Seconds by part since the last call."""

@@ -52,13 +52,13 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
                 clock.to("backward")
                 precision.backward(loss_sum * (weight / num_items))
             if weight:
-                losses.append(loss_sum.detach())               # no .item(): the host stays ahead of the device
+                losses.append(loss_sum.detach() / num_items)   # no .item(): the host stays ahead of the device
             if not last:
                 run.callbacks.fire("on_substep_end", run)
         clock.to("optimizer")
         precision.unscale(run.optimizer)
         grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
-        share = sum(losses[1:], losses[0]) / num_items if losses else torch.zeros((), device=world.device)
+        share = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=world.device)
         loss = world.add(share)
         run.callbacks.fire("on_pre_optimizer_step", run)
         state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
@@ -123,8 +123,11 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
             while state.global_step < state.max_steps and not control.should_training_stop \
                     and (window := list(islice(batches, args.gradient_accumulation_steps))):
                 callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
-                with explaining_out_of_memory(args):
+                try:
                     update = train_step(run, window, loss_fn)
+                except RuntimeError as error:
+                    explain_out_of_memory(args, error)
+                    raise
                 run.world.status["step"] = state.global_step       # in case it fails
                 state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / epoch_length
                 if update is not None:
@@ -328,14 +331,9 @@ def handle_nonfinite(run: Run, found: tuple[int, Update] | None, meter: Meter) -
                      f"Try a lower --learning_rate, more --warmup_steps, --max_grad_norm 1{skip}", 4)
 
 
-@contextlib.contextmanager
-def explaining_out_of_memory(args) -> Iterator[None]:
-    """An out-of-memory error as advice: what the batch was, and what takes less."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
+def explain_out_of_memory(args, error: RuntimeError) -> None:
+    """Raises an out-of-memory error as advice: what the batch was, and what takes less. Other errors it leaves alone."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         same = " (the same update)" if micro % 2 == 0 else ""
         halved = f"--per_device_train_batch_size {micro // 2} --gradient_accumulation_steps {accumulation * 2}{same}, " if micro > 1 else ""
