@@ -21,7 +21,7 @@ CODE = [line.partition("#")[0] for line in BLOCKS] + SPANS
 TORCHRUN = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "signals-to-handle", "shutdown-timeout", "no-deps"}
 SLURM = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signal"}
 WRITTEN_BY_A_RUN = {"metrics.jsonl", "model.safetensors", "optimizer-R.safetensors", "adapter_model.safetensors", "adapter_config.json", "config.json", "ema-R.safetensors", "rng-R.json", "state.json",
-                    "args.json", "manifest.json", "status.json", "train_results.json", "eval_results.json", "test_results.json", "all_results.json"}
+                    "args.json", "manifest.json", "status.json", "train_results.json", "eval_results.json", "test_results.json", "all_results.json", "sweep.md", "sweep.json"}
 HF_WRITES = {"trainer_state.json"}
 
 
