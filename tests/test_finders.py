@@ -150,7 +150,7 @@ def test_noise_is_not_taken_for_a_fall_and_a_fall_is_found_in_noise():
 
 
 @pytest.mark.parametrize("said, words, train", [
-    ("--output_dir, --learning_rate cannot be given", (), ("--output_dir", "x", "--learning_rate=1")),
+    ("--learning_rate, --output_dir cannot be given", (), ("--output_dir", "x", "--learning_rate=1")),
     *((f"{flag} cannot be given", (), (flag, "1")) for flag in ("--max_steps", "--warmup_steps", "--lr_scheduler_type", "--logging_steps", "--save_strategy")),
     *((f"{flag} cannot be given", (), (flag,)) for flag in ("--do_eval", "--load_best_model_at_end", "--resume_from_checkpoint")),
     ("did you mean --weight_decay", (), ("--weight_deca", "1")),

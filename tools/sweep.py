@@ -109,7 +109,11 @@ def load(name: str) -> dict:
         if not name.endswith(".py"):
             return vars(importlib.import_module(name))
         spec = importlib.util.spec_from_file_location("space_of_sweep", name)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        caches, sys.dont_write_bytecode = sys.dont_write_bytecode, True     # or a correction of the same second and length would not be seen
+        try:
+            spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        finally:
+            sys.dont_write_bytecode = caches
         return vars(module)
     except Exception as error:
         raise UsageError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
