@@ -79,7 +79,7 @@ class Precision:
     def find_nonfinite(self, step: int, update: Update) -> tuple[int, Update] | None:
         """The update known by now not to be finite: this one, or, on an accelerator, the one before. That one is done,
         so nothing waits; `find_last_nonfinite` asks about the last one."""
-        if isinstance(update.failed, bool):
+        if isinstance(update.failed, bool) or self.device.type == "cpu":
             return (step, update) if update.failed else None
         copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(update.failed, non_blocking=True)
         copied = torch.cuda.Event()
