@@ -383,8 +383,6 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
          "--report_histograms needs --report_to tensorboard and --logging_strategy steps")
     need("profile", a.profile is None or re.fullmatch(r"\d{1,12}:\d{1,12}", a.profile) is not None and 1 <= int(a.profile.split(":")[0]) <= int(a.profile.split(":")[1]),
          f"profile={a.profile}: expected the first and the last update of the trace, as 10:12")
-    need("profile max_steps", a.profile is None or a.max_steps < 1 or not a.profile.partition(":")[0].isdigit() or int(a.profile.partition(":")[0]) <= a.max_steps,
-         f"profile={a.profile}: the run ends with update {a.max_steps}, before the trace begins")
     need("skip_memory_metrics", a.skip_memory_metrics or sys.platform == "linux", "--skip_memory_metrics False needs Linux: peaks come from /proc")
     need("max_time", a.max_time is None or re.fullmatch(r"\d{1,6}:[0-5]\d:[0-5]\d", a.max_time) is not None and seconds(a.max_time) > 0,
          f"max_time={a.max_time} must be hours, minutes and seconds, as 23:30:00")
@@ -414,4 +412,5 @@ def changed_args(saved: dict, args: TrainArgs) -> list[tuple[str, Any, Any, bool
     """(flag, saved value, value now, whether it should not have changed) of each setting that another start was given. A checkpoint that was
     taken over from another trainer does not know all of them."""
     return [(f.name, saved.get(f.name), getattr(args, f.name), f.metadata["fixed"]) for f in dataclasses.fields(args)
-            if saved.get(f.name) != getattr(args, f.name) and (f.name in saved or "taken_over_from" not in saved) and f.name not in ("output_dir", "run_name", "resume_from_checkpoint", "allow_change", "disable_tqdm")]
+            if saved.get(f.name) != getattr(args, f.name) and (f.name in saved or "taken_over_from" not in saved)
+            and f.name not in ("output_dir", "run_name", "resume_from_checkpoint", "allow_change", "disable_tqdm")]

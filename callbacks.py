@@ -220,57 +220,11 @@ class CheckReplicas(Callback):
                                  f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
 
 
-class TensorBoardCallback(Callback):
-    """Every row as curves, train/loss, eval/loss and so on, and the settings, in output_dir/tensorboard; with histograms, every logging_steps
-    the weights and their gradients too, of what this rank holds whole. A resumed run takes back what had been written after its checkpoint. Rank 0 only."""
-
-    def __init__(self, histograms: bool = False):
-        self.histograms, self.writer = histograms, None
-
-    def on_train_begin(self, args, state, control, run=None, **kwargs):
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step)
-        run.world.on_exit.callback(self.writer.close)
-        if state.global_step == 0:
-            self.writer.add_text("settings", "\n".join(f"    {key}: {value!r}" for key, value in args.to_dict().items()))
-        for row in state.log_history:
-            if row["step"] == state.global_step:        # some of them were written after the checkpoint, so all were purged
-                self.write(row, state.global_step)
-
-    def on_pre_optimizer_step(self, args, state, control, run=None, **kwargs):
-        step = state.global_step        # updates that made these weights
-        if self.histograms and step % state.logging_steps == 0:
-            with run.world.clock.within("log"):
-                for name, p in run.model.named_parameters():
-                    if len(plain(p)) == 1 and not hasattr(p, "to_local"):
-                        self.writer.add_histogram(f"weights/{name}", p.detach(), step)
-                        if p.grad is not None:
-                            self.writer.add_histogram(f"gradients/{name}", p.grad, step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.writer is not None:
-            self.write(logs, state.global_step)
-            self.writer.flush()
-
-    def write(self, row: dict, step: int) -> None:
-        for key, value in row.items():
-            part, _, name = key.partition("_")
-            tag = f"{part}/{name}" if part in ("eval", "test", "time", "memory") and name else f"train/{key}"
-            if isinstance(value, (int, float)) and key != "step":
-                self.writer.add_scalar(tag, value, step)
-            elif isinstance(value, str):
-                self.writer.add_text(tag, value, step)
-
-
 class ProfileCallback(Callback):
     """A trace of the updates `first` to `last`, by torch.profiler: output_dir/profile/rank-R.json."""
 
     def __init__(self, first: int, last: int, rank: int):
         self.first, self.last, self.rank, self.profiler = first, last, rank, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.first > state.max_steps:
-            raise UsageError(f"--profile {args.profile}: the run ends with update {state.max_steps}, before the trace begins")
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.profiler is None and self.first <= state.global_step + 1 <= self.last:
@@ -290,39 +244,50 @@ class ProfileCallback(Callback):
             self.profiler = None
 
 
-class ProgressCallback(Callback):
-    """A bar with loss, learning rate and speed, or one line per log. Rank 0 only."""
+class PrinterCallback(Callback):
+    """One line per log, and a word if the data is slow. Rank 0 only."""
 
-    def __init__(self, bars: bool):
-        self.disable = not bars
+    warned = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.watch_data(logs)
+        shown = [(k, v) for k, v in logs.items() if k == speed_of(logs) or not k.startswith(("time_", "memory_", "tokens_per", "samples_per", "steps_per"))]
+        shown.sort(key=lambda item: isinstance(item[1], str))      # text last
+        # above the bars, if there are any
+        tqdm.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k}: {printable(v)}" if isinstance(v, str) else f"{k} {show(v)}" for k, v in shown))
+        sys.stdout.flush()
+
+    def watch_data(self, logs: dict) -> None:
+        step_s = sum(value for key, value in logs.items() if key.startswith("time_") and key not in ("time_evaluate", "time_save"))
+        if not self.warned and logs.get("time_data", 0) > max(0.2 * step_s, 1e-3):
+            self.warned = True
+            tqdm.write(f"note: the training data takes {logs['time_data'] / step_s:.0%} of the time of an update: raise --dataloader_num_workers, or make samples faster")
+
+
+class ProgressCallback(PrinterCallback):
+    """Bars with loss, learning rate and speed; on a terminal or in a notebook they take the place of the lines of training. Rank 0 only."""
+
+    def __init__(self):
         self.bar = self.eval_bar = tqdm(disable=True)       # as a bar is after close(): calling it does nothing
-        self.warned = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True, disable=self.disable)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        step_s = sum(value for key, value in logs.items() if key.startswith("time_") and key not in ("time_evaluate", "time_save"))
-        if not self.warned and logs.get("time_data", 0) > max(0.2 * step_s, 1e-3):
-            self.warned = True
-            tqdm.write(f"note: the training data takes {logs['time_data'] / step_s:.0%} of the time of an update: raise --dataloader_num_workers, or make samples faster")
-        speed = "tokens_per_second" if "tokens_per_second" in logs else "samples_per_second"
-        shown = [(k, v) for k, v in logs.items() if k == speed or not k.startswith(("time_", "memory_", "samples_per", "steps_per"))]
-        shown.sort(key=lambda item: isinstance(item[1], str))      # text last
-        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k}: {printable(v)}" if isinstance(v, str) else f"{k} {show(v)}" for k, v in shown)
-        on_bar = "loss" in logs and not self.bar.disable
+        on_bar, speed = "loss" in logs and not self.bar.disable, speed_of(logs)
         if on_bar:
             self.bar.set_postfix_str(f"loss {show(logs['loss'])} norm {show(logs['grad_norm'])} lr {show(logs['learning_rate'])} "
                                      f"{show(logs.get(speed))} {speed.partition('_')[0]}/s")
         if not on_bar or not (sys.stdout.isatty() or "ipykernel" in sys.modules):       # a file has all of them
-            tqdm.write(line)        # above the bars, if there are any
-            sys.stdout.flush()
+            super().on_log(args, state, control, logs=logs)
+        else:
+            self.watch_data(logs)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self.eval_bar.disable and not self.disable:
+        if self.eval_bar.disable:
             length = len(eval_dataloader) if eval_dataloader.num_samples is not None else None
             self.eval_bar = tqdm(total=length, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True)
         self.eval_bar.update()
@@ -333,6 +298,10 @@ class ProgressCallback(Callback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+def speed_of(logs: dict) -> str:
+    return "tokens_per_second" if "tokens_per_second" in logs else "samples_per_second"
 
 
 def printable(text: str) -> str:

@@ -223,6 +223,10 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
     return adapter_weights(model, weights) if lora_of(model) else weights
 
 
+def weights_stem(model: nn.Module) -> str:
+    return "adapter_model" if lora_of(model) else "model"
+
+
 def plan_weights(run: Run) -> dict[str, FilePlan]:
     """Files of weights, of which this rank writes its part."""
     files: list[dict[str, Tensor]] = [{}]
@@ -233,7 +237,7 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
             size = 0
         files[-1][name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    stem, plans = "adapter_model" if lora_of(run.model) else "model", {}
+    stem, plans = weights_stem(run.model), {}
     names = [f"{stem}-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else [f"{stem}.safetensors"]
     for name, weights in zip(names, files):
         sharded = {key for key, tensor in weights.items() if hasattr(tensor, "to_local")}
@@ -452,8 +456,7 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
     """Loads the weights of a checkpoint folder into a bare model, each rank its own part. Names and shapes must match; partly: those that
     do not are left alone. Returns these weights, and what was wrong, a line each."""
     from tools.formats import lora_from_peft
-    weights, lora = model_weights(model), lora_of(model)
-    stem = "adapter_model" if lora else "model"
+    weights, lora, stem = model_weights(model), lora_of(model), weights_stem(model)
     with PartFiles(path, stem) as files, reading(path, files.name), torch.no_grad():
         if not files.names:
             if stem == "model" and os.path.exists(os.path.join(path, "adapter_config.json")):

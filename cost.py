@@ -38,15 +38,6 @@ class Clock:
             self.held = held
             self.to(before)
 
-    def timing(self, part: str, iterator: Iterator) -> Iterator:
-        """The same iterator, whose work counts as this part."""
-        before = self.to(part)
-        for item in iterator:
-            self.to(before)
-            yield item
-            before = self.to(part)
-        self.to(before)
-
     def read(self) -> dict[str, float]:
         """Seconds by part since the last call."""
         self.to(self.part)
@@ -68,9 +59,10 @@ class Memory:
         """Ends the stage before, if there is one."""
         if not self.on:
             return
-        for what, (now, peak) in held(self.device).items() if self.stage else ():
+        ends = held(self.device)
+        for what, (now, peak) in ends.items() if self.stage else ():
             self.found |= {f"{self.stage}_mem_{what}_alloc_delta": now - self.began[what][0], f"{self.stage}_mem_{what}_peaked_delta": max(0, peak - now)}
-        self.stage, self.began = stage, held(self.device)
+        self.stage, self.began = stage, ends
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")     # restarts VmHWM: proc(5)
         if self.device.type == "cuda":

@@ -33,8 +33,8 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied. Returns
     None if no rank had a label item; then nothing is updated either."""
     state, world, precision, clock = run.state, run.world, run.precision, run.world.clock
-    num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window),
-                                                   sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
+    counts = [(mb["num_items"], mb["num_samples"], mb["input_ids"].numel() if mb["num_samples"] and "input_ids" in mb else 0) for mb in window]
+    num_items, num_samples, num_tokens = world.sum(*map(sum, zip(*counts)))
     update = None
     if num_items > 0:
         losses: list[Tensor] = []
@@ -50,9 +50,10 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
                     found = f"tensor of shape {tuple(loss_sum.shape)}" if isinstance(loss_sum, Tensor) else type(loss_sum).__name__
                     raise UsageError(f"the loss function returned a {found}; expected one number, summed over the label items")
                 clock.to("backward")
-                precision.backward(loss_sum * (weight / num_items))
+                loss = loss_sum / num_items
+                precision.backward(loss if weight == 1 else loss * weight)
             if weight:
-                losses.append(loss_sum.detach() / num_items)   # no .item(): the host stays ahead of the device
+                losses.append(loss.detach())                   # no .item(): the host stays ahead of the device
             if not last:
                 run.callbacks.fire("on_substep_end", run)
         clock.to("optimizer")
@@ -89,10 +90,10 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     Logs, then evaluates, then saves, so that a checkpoint knows the evaluation of its own update. After a signal, or when --max_time is
     near, the update is finished and saved, and SystemExit(128 + signal, or 75) is raised. eval_loader, compute_metrics, predict_fn,
     preprocess_logits_for_metrics: as for `evaluate`. train_step: what makes an update of a window, as the one above."""
-    args, state, callbacks, control, meter = run.args, run.state, run.callbacks, run.callbacks.control, Meter(run, train_loader)
+    args, state, clock, callbacks, control, meter = run.args, run.state, run.world.clock, run.callbacks, run.callbacks.control, Meter(run, train_loader)
 
     def evaluation(trial: bool = False) -> dict:
-        with run.world.clock.within("evaluate", hold=True):
+        with clock.within("evaluate", hold=True):
             return evaluate(run, eval_loader, loss_fn, compute_metrics, predict_fn, preprocess_logits_for_metrics, trial=trial)
     callbacks.dataloaders = {"train_dataloader": train_loader, "eval_dataloader": eval_loader}
     # micro-batches of a rank in an epoch; a stream counts as if it lasted for the whole run
@@ -110,7 +111,7 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
     write_status(args.output_dir, run.world, state="running", step=state.global_step)
     with catching_signals(run):
         callbacks.fire("on_train_begin", run)
-        run.world.clock.read()      # what came before is no training
+        clock.read()      # what came before is no training
         if args.eval_on_start and state.global_step == 0:
             evaluation()
         # an epoch whose end was still to be handled is entered again, even if no window of it is left
@@ -119,10 +120,14 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
             state.epoch_open = True
             callbacks.fire("on_epoch_begin", run)
             began_at, samples_before = state.samples_seen, state.total_samples
-            batches = run.world.clock.timing("data", train_loader.epoch(state.epochs_done, start=state.samples_seen))
-            while state.global_step < state.max_steps and not control.should_training_stop \
-                    and (window := list(islice(batches, args.gradient_accumulation_steps))):
-                callbacks.fire("on_step_begin", run)           # the last window of an epoch may be shorter
+            batches = train_loader.epoch(state.epochs_done, start=state.samples_seen)
+            while state.global_step < state.max_steps and not control.should_training_stop:
+                clock.to("data")
+                window = list(islice(batches, args.gradient_accumulation_steps))       # the last one of an epoch may be shorter
+                clock.to("other")
+                if not window:
+                    break
+                callbacks.fire("on_step_begin", run)
                 try:
                     update = train_step(run, window, loss_fn)
                 except RuntimeError as error:
@@ -132,9 +137,11 @@ def train(run: Run, train_loader, eval_loader, loss_fn: LossFn, compute_metrics=
                 state.epoch = state.epochs_done + train_loader.rounds(state.samples_seen) / epoch_length
                 if update is not None:
                     meter.updates.append(update)
-                    handle_nonfinite(run, run.precision.find_nonfinite(state.global_step, update), meter)
+                    if update.failed is not False:      # it did, or an accelerator has not told yet
+                        handle_nonfinite(run, run.precision.find_nonfinite(state.global_step, update), meter)
                 ask_at_step_end(run)
-                meter.watch_time()
+                if args.max_time is not None:
+                    meter.watch_time()
                 callbacks.fire("on_step_end", run)
                 obey(run, meter, evaluation)
                 if control.should_epoch_stop or control.should_training_stop:
@@ -176,7 +183,7 @@ def obey(run: Run, meter: Meter, evaluation: Callable[[], dict]) -> None:
         note_best(run, metrics)
     if control.should_save:
         meter.save()
-    else:
+    elif meter.saver.step is not None:
         meter.saver.poll()
     if control.stop_code:
         stop_early(run, meter)
@@ -290,11 +297,10 @@ class Meter:
 
     def watch_time(self) -> None:
         """Asks to stop when another update and a save, of twice the time of the last, could go beyond --max_time."""
-        if self.run.args.max_time is not None:
-            now = time.monotonic()
-            self.longest_update, self.last_end = max(self.longest_update, now - self.last_end), now
-            if time.time() - self.run.world.status["started"] + self.longest_update + 2 * self.saver.seconds > seconds(self.run.args.max_time):
-                self.run.callbacks.stop_code = 75
+        now = time.monotonic()
+        self.longest_update, self.last_end = max(self.longest_update, now - self.last_end), now
+        if time.time() - self.run.world.status["started"] + self.longest_update + 2 * self.saver.seconds > seconds(self.run.args.max_time):
+            self.run.callbacks.stop_code = 75
 
     def final_metrics(self) -> dict:
         self.collect()
@@ -359,6 +365,8 @@ def plan(args, state: TrainState, loader) -> None:
         state.max_steps = args.max_steps if args.max_steps > 0 else state.global_step + max(0, end - position)
         epochs = args.num_train_epochs if args.max_steps <= 0 else (position + state.max_steps - state.global_step) / steps_per_epoch
         state.num_train_epochs = math.ceil(epochs)
+    if args.profile is not None and int(args.profile.partition(":")[0]) > state.max_steps:
+        raise UsageError(f"--profile {args.profile}: the run ends with update {state.max_steps}, before the trace begins")
     state.samples_per_update, state.train_batch_size = samples_per_update, args.per_device_train_batch_size
     eval_steps = args.logging_steps if args.eval_steps is None else args.eval_steps
     for name, value in (("logging_steps", args.logging_steps), ("eval_steps", eval_steps), ("save_steps", args.save_steps)):

@@ -25,7 +25,7 @@ class Precision:
                  full_eval: torch.dtype | None = None):
         self.device, self.full_eval = device, full_eval
         self.dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)       # if not enabled, it scales nothing
+        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
         self.pending: tuple | None = None       # the update an accelerator has not been asked about yet
         if tf32 is not None:
             torch.backends.fp32_precision = "tf32" if tf32 else "ieee"
@@ -34,20 +34,21 @@ class Precision:
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
 
     def backward(self, loss: Tensor) -> None:
-        (self.scaler.scale(loss) if self.scaler.is_enabled() else loss).backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the scale, once per update and before clipping."""
-        self.scaler.unscale_(optimizer)
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
 
     @property
     def scales(self) -> bool:
         """Whether an overflow of the gradients can be cured by a lower scale."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
+        return self.scaler is not None and self.scaler.get_scale() >= 1.0
 
     def device_skips(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer itself leaves out an update that is not finite, on the device and without the host waiting."""
-        return self.device.type != "cpu" and not self.scaler.is_enabled() and bool(optimizer.defaults.get("fused")) \
+        return self.device.type != "cpu" and self.scaler is None and bool(optimizer.defaults.get("fused")) \
             and isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam))
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> tuple[bool, bool | Tensor]:
@@ -59,18 +60,19 @@ class Precision:
             optimizer.found_inf = failed.float()
             optimizer.step()
             return True, failed
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)       # here the host has to know
-        failed = not (math.isfinite(loss) if self.scales else finite)
+        loss_finite, norm_finite = math.isfinite(loss), math.isfinite(grad_norm)        # here the host has to know
+        finite = loss_finite and norm_finite
+        failed = not (loss_finite if self.scales else finite)
         if finite:
             optimizer.step()
-        if self.scaler.is_enabled():
+        if self.scaler is not None:
             # The scaler's own step and update go by this rank's gradients alone. All ranks have to agree, so the norm decides.
             state = self.scaler.state_dict()
             if finite:
                 state["_growth_tracker"] += 1
                 if state["_growth_tracker"] == state["growth_interval"]:
                     state["scale"], state["_growth_tracker"] = state["scale"] * state["growth_factor"], 0
-            elif math.isfinite(loss):       # or else the scale was not to blame
+            elif loss_finite:       # or else the scale was not to blame
                 state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
             self.scaler.load_state_dict(state)
             self.scaler.update(state["scale"])      # and forgets these gradients
@@ -98,7 +100,7 @@ class Precision:
     def check_model(self, model: nn.Module) -> None:
         """fp16 scaling needs float32 weights: their gradients would else be float16 and cannot be unscaled."""
         half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-        if self.scaler.is_enabled() and half:
+        if self.scaler is not None and half:
             raise UsageError(f"--fp16 trains float32 weights, and {half[0]} is float16 ({len(half)} parameters are): "
                              f"use model.float(), or --bf16 with model.bfloat16()")
 
@@ -117,8 +119,8 @@ class Precision:
 
     def state_dict(self) -> dict:
         """The loss scale and its counter, for the checkpoint."""
-        return self.scaler.state_dict()
+        return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if state:
+        if state and self.scaler is not None:
             self.scaler.load_state_dict(state)

@@ -10,7 +10,7 @@ import torch
 
 from adapters import adapt
 from args import TrainArgs, check_args, parse_args
-from callbacks import Callback, Callbacks, CheckReplicas, EarlyStoppingCallback, ProfileCallback, ProgressCallback, TensorBoardCallback
+from callbacks import Callback, Callbacks, CheckReplicas, EarlyStoppingCallback, PrinterCallback, ProfileCallback, ProgressCallback
 from checkpoint import load_checkpoint, load_for_evaluation, load_state, load_weights
 from collators import default_collator
 from data import build_data, keep_columns
@@ -154,10 +154,9 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
 
 def build_callbacks(args: TrainArgs, world: World) -> list[Callback]:
     """Those that flags ask for; what only a flag needs is imported with it."""
-    built = [ProgressCallback(args.shows_bars)] if world.is_main else []        # printing is rank 0's
+    built = [ProgressCallback() if args.shows_bars else PrinterCallback()] if world.is_main else []        # printing is rank 0's
     for name in args.reports if world.is_main else ():
-        if name != "tensorboard":
-            from recipes.loggers import MlflowCallback, WandbCallback
+        from recipes.loggers import MlflowCallback, TensorBoardCallback, WandbCallback
         built.append(TensorBoardCallback(args.report_histograms) if name == "tensorboard" else WandbCallback() if name == "wandb" else MlflowCallback())
     if args.profile:
         built.append(ProfileCallback(*map(int, args.profile.split(":")), world.rank))

@@ -60,18 +60,16 @@ class World:
 
     def sum(self, *values: int) -> list[int]:
         """Host integers added up over ranks. No accelerator is waited for: they travel over gloo."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return list(values) if self.world_size == 1 else self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, *values: int) -> list[int]:
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return list(values) if self.world_size == 1 else self._reduce(values, dist.ReduceOp.MAX)
 
     def all(self, flag: bool) -> bool:
         """Whether it is so on all ranks."""
         return self.max(int(not flag)) == [0]
 
     def _reduce(self, values, op) -> list[int]:
-        if self.world_size == 1:
-            return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
         with self.clock.within("communication"):
             dist.all_reduce(tensor, op)

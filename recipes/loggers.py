@@ -1,15 +1,16 @@
-"""Loggers over their own libraries: --report_to wandb, mlflow. Copy one to send rows somewhere else, and pass it to `main` as a callback.
+"""Loggers over their own libraries: --report_to tensorboard, wandb, mlflow. Copy one to send rows somewhere else, and pass it to `main` as a callback.
 
-They tell what metrics.jsonl has, on rank 0. Each start of a training is a run of its own there, which begins with the rows before, so none is
-missing or twice, whatever a kill has left. Where to is set in the environment, as their libraries have it: WANDB_PROJECT, WANDB_MODE=offline,
+They tell what metrics.jsonl has, on rank 0. For wandb and mlflow each start of a training is a run of its own, which begins with the rows before, so
+none is missing or twice, whatever a kill has left. Where to is set in the environment, as their libraries have it: WANDB_PROJECT, WANDB_MODE=offline,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, MLFLOW_ALLOW_FILE_STORE=true for plain folders.
-Needs: pip install wandb, or pip install mlflow
+Needs: pip install tensorboard, wandb, or pip install mlflow
 """
 from __future__ import annotations
 
 import os
 
 from callbacks import Callback
+from zero import plain
 
 
 def title(args) -> str:
@@ -18,6 +19,48 @@ def title(args) -> str:
 
 def numbers(logs: dict) -> dict[str, float]:
     return {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+
+
+class TensorBoardCallback(Callback):
+    """Every row as curves, train/loss, eval/loss and so on, and the settings, in output_dir/tensorboard; with histograms, every logging_steps
+    the weights and their gradients too, of what this rank holds whole. A resumed run takes back what had been written after its checkpoint. Rank 0 only."""
+
+    def __init__(self, histograms: bool = False):
+        self.histograms, self.writer = histograms, None
+
+    def on_train_begin(self, args, state, control, run=None, **kwargs):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step)
+        run.world.on_exit.callback(self.writer.close)
+        if state.global_step == 0:
+            self.writer.add_text("settings", "\n".join(f"    {key}: {value!r}" for key, value in args.to_dict().items()))
+        for row in state.log_history:
+            if row["step"] == state.global_step:        # some of them were written after the checkpoint, so all were purged
+                self.write(row, state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, run=None, **kwargs):
+        step = state.global_step        # updates that made these weights
+        if self.histograms and step % state.logging_steps == 0:
+            with run.world.clock.within("log"):
+                for name, p in run.model.named_parameters():
+                    if len(plain(p)) == 1 and not hasattr(p, "to_local"):
+                        self.writer.add_histogram(f"weights/{name}", p.detach(), step)
+                        if p.grad is not None:
+                            self.writer.add_histogram(f"gradients/{name}", p.grad, step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.writer is not None:
+            self.write(logs, state.global_step)
+            self.writer.flush()
+
+    def write(self, row: dict, step: int) -> None:
+        for key, value in row.items():
+            part, _, name = key.partition("_")
+            tag = f"{part}/{name}" if part in ("eval", "test", "time", "memory") and name else f"train/{key}"
+            if isinstance(value, (int, float)) and key != "step":
+                self.writer.add_scalar(tag, value, step)
+            elif isinstance(value, str):
+                self.writer.add_text(tag, value, step)
 
 
 class WandbCallback(Callback):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from args import TrainArgs
-from callbacks import ProgressCallback
+from callbacks import PrinterCallback
 from collators import default_collator
 from distributed import whole
 from loop import train
@@ -70,7 +70,7 @@ def toy_run(args: TrainArgs, model=None, train_set=None, eval_set=None, collate=
     with open_world(args) as world:
         assembled = assemble(args, world, model, train_set, eval_set, collate, callbacks, **parts)
         watching = assembled[0].callbacks
-        watching.callbacks = [c for c in watching.callbacks if not isinstance(c, ProgressCallback)]
+        watching.callbacks = [c for c in watching.callbacks if not isinstance(c, PrinterCallback)]
         yield assembled
 
 
