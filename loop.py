@@ -33,8 +33,8 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     the same update wherever the padding falls (tests/test_update.py). An update that is not finite is not applied. Returns
     None if no rank had a label item; then nothing is updated either."""
     state, world, precision, clock = run.state, run.world, run.precision, run.world.clock
-    num_items, num_samples, num_tokens = world.sum(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window),
-                                                   sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
+    num_items, num_samples, num_tokens = world.count(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window),
+                                                     sum(mb["input_ids"].numel() for mb in window if mb["num_samples"] and "input_ids" in mb))
     update = None
     if num_items > 0:
         losses: list[Tensor] = []
