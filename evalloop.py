@@ -150,7 +150,7 @@ def measure(run: Run, loader, loss_fn: LossFn | None, compute_metrics: Metrics, 
             if not trial:
                 run.callbacks.fire("on_prediction_step", run, eval_dataloader=loader)
         hand_over(world, waiting, compute_metrics, files)
-        num_items, num_samples = world.sum(num_items, num_samples)
+        num_items, num_samples = world.count(num_items, num_samples)
         if num_samples == 0:
             raise UsageError("the data set to evaluate is empty: it gave no sample")
         metrics = {}

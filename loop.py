@@ -34,7 +34,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     None if no rank had a label item; then nothing is updated either."""
     state, world, precision, clock = run.state, run.world, run.precision, run.world.clock
     counts = [(mb["num_items"], mb["num_samples"], mb["input_ids"].numel() if mb["num_samples"] and "input_ids" in mb else 0) for mb in window]
-    num_items, num_samples, num_tokens = world.sum(*map(sum, zip(*counts)))
+    num_items, num_samples, num_tokens = world.count(*map(sum, zip(*counts)))
     update = None
     if num_items > 0:
         losses: list[Tensor] = []

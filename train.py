@@ -144,7 +144,7 @@ def make_loader(args: TrainArgs, world: World, model: torch.nn.Module, dataset, 
         if note:
             print0(world, f"note: {note} (--remove_unused_columns False keeps them)")
     vocab_size = getattr(model, "vocab_size", getattr(getattr(model, "config", None), "vocab_size", None))
-    return Loader(dataset, collate, args.per_device_train_batch_size if train else args.per_device_eval_batch_size, world.rank, world.world_size,
+    return Loader(dataset, collate, args.per_device_train_batch_size if train else args.per_device_eval_batch_size, world.data_rank, world.data_ranks,
                   seed=args.seed if args.data_seed is None else args.data_seed, shuffle=train and args.train_sampling_strategy != "sequential",
                   group_by_length=train and args.train_sampling_strategy == "group_by_length", drop_last=train and args.dataloader_drop_last,
                   vocab_size=vocab_size, num_labels=getattr(model, "num_labels", None), num_workers=args.dataloader_num_workers,
@@ -197,8 +197,8 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
         print0(world, f"note: --strategy {args.strategy} splits over ranks, and this is one process: torchrun starts more")
     print0(world, f"data: {about}\n"
            f"samples: {count(train_loader)}, held out: {count(eval_loader)}\n"
-           f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.world_size:,} samples = "
-           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.world_size}{f', {args.strategy}' * (world.world_size > 1)}\n"
+           f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.data_ranks:,} samples = "
+           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.data_ranks}{f' x cp {args.cp}' * (args.cp > 1)}{f', {args.strategy}' * (world.world_size > 1)}\n"
            f"model: {parameters:,} trainable parameters on {world.device}, "
            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} per rank")
 

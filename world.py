@@ -49,6 +49,8 @@ class World:
     local_world_size: int = 1
     node: int = 0                            # number of the host
     writes: bool = True                      # into output_dir what all ranks hold: rank 0, with --save_on_each_node one rank of each host
+    copies: int = 1                          # neighbouring ranks that read the same samples (--cp)
+    groups: dict = field(default_factory=dict)      # of model parallelism: by flag the process group that this rank is in
     status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None, "started": time.time()})
     on_exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)     # what is to be undone when the world is closed
     clock: Clock = field(default_factory=Clock)
@@ -58,9 +60,22 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which of the parts of the data this rank reads, out of `data_ranks`."""
+        return self.rank // self.copies
+
+    @property
+    def data_ranks(self) -> int:
+        return self.world_size // self.copies
+
     def sum(self, *values: int) -> list[int]:
         """Host integers added up over ranks. No accelerator is waited for: they travel over gloo."""
         return list(values) if self.world_size == 1 else self._reduce(values, dist.ReduceOp.SUM)
+
+    def count(self, *values: int) -> list[int]:
+        """Numbers of samples or items that ranks have read, added up; what several ranks have read alike counts once."""
+        return self.sum(*(value * (self.rank % self.copies == 0) for value in values))
 
     def max(self, *values: int) -> list[int]:
         return list(values) if self.world_size == 1 else self._reduce(values, dist.ReduceOp.MAX)
@@ -170,9 +185,10 @@ def open_world(args) -> Iterator[World]:
     with contextlib.ExitStack() as on_exit, joined(args, rank, world_size, cuda):
         world = World(rank, local_rank, world_size, device, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
                       node=int(os.environ.get("GROUP_RANK", "0")), writes=rank == 0 or args.save_on_each_node and local_rank == 0, on_exit=on_exit,
-                      memory=Memory(device, not args.skip_memory_metrics))
+                      memory=Memory(device, not args.skip_memory_metrics), copies=args.cp)
         check_same_start(world, args)
-        yield dataclasses.replace(world, device_mesh=open_mesh(args, rank, world_size, device) if world_size > 1 else None)
+        groups = open_groups(args, rank, world_size)
+        yield dataclasses.replace(world, groups=groups, device_mesh=open_mesh(args, rank, world_size, device) if world_size > 1 else None)
 
 
 @contextlib.contextmanager
@@ -199,13 +215,28 @@ def joined(args, rank: int, world_size: int, cuda: bool) -> Iterator[None]:
 def check_same_start(world: World, args) -> None:
     """Ranks that were started with other flags or other code would train something else together, or wait for each other for ever."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")) if world.world_size > 1 else []:
+    root = Path(__file__).parent
+    for path in sorted([*root.glob("*.py"), *root.glob("parallel/*.py")]) if world.world_size > 1 else []:
         code.update(path.read_bytes())
     first, *others = world.gather_json({"source code": code.hexdigest()[:16], **args.to_dict()})
     for rank, other in enumerate(others, 1):
         if different := [f"{name}: {other[name]!r}, and rank 0 with {first[name]!r}" for name in first if other[name] != first[name]
                          and not (name == "output_dir" and args.save_on_each_node)]:
             raise UsageError(f"rank {rank} was started with another {'; '.join(different)}: start all alike")
+
+
+def open_groups(args, rank: int, world_size: int) -> dict[str, dist.ProcessGroup]:
+    """The groups of model parallelism that this rank is in. Ranks are laid out dp x cp: those that talk most are neighbours."""
+    if world_size % args.cp:
+        raise UsageError(f"--cp {args.cp} makes groups of {args.cp} ranks, and there are {world_size}: start a multiple of {args.cp} with torchrun, or leave it away")
+    grid = torch.arange(world_size).view(-1, args.cp)
+    return {"cp": open_group(args, rank, grid)} if args.cp > 1 else {}
+
+
+def open_group(args, rank: int, groups: Tensor) -> dist.ProcessGroup:
+    """groups: the ranks of each, (groups, ranks). Returns this rank's. new_group is a collective of all ranks; it would not inherit the timeout."""
+    opened_here = {tuple(ranks): dist.new_group(ranks, timeout=timedelta(seconds=args.ddp_timeout)) for ranks in groups.tolist()}
+    return next(group for ranks, group in opened_here.items() if rank in ranks)
 
 
 def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceMesh | None:
@@ -221,11 +252,7 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceM
     if args.strategy == "fsdp":
         return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
     grid = torch.arange(world_size).view(-1, size)
-    mine = []
-    for groups in (grid.T, grid):       # new_group is a collective of all ranks; it would not inherit the timeout
-        opened_here = {tuple(ranks): dist.new_group(ranks, timeout=timedelta(seconds=args.ddp_timeout)) for ranks in groups.tolist()}
-        mine += [group for ranks, group in opened_here.items() if rank in ranks]
-    return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
+    return DeviceMesh.from_group([open_group(args, rank, groups) for groups in (grid.T, grid)], device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
 ROLL_CALL_S = 3     # after a failure: how long ranks may take to say what they know

@@ -39,7 +39,7 @@ def sharpness_aware_step(run: Run, window: list[dict], loss_fn: Callable) -> Upd
     if run.args.fp16:
         raise UsageError("own_training_step has no loss scaling for --fp16: use --bf16")
     state = run.state
-    num_items, num_samples = run.world.sum(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window))
+    num_items, num_samples = run.world.count(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window))
     loss = run.world.add(share := gradient(run, window, loss_fn, num_items))
     norm = clip_grads(run.parallel, 0)              # only measured, over all ranks
     pieces = [part.piece for part in run.parallel.parts if part.piece.grad is not None]     # what this rank trains

@@ -1,0 +1,106 @@
+"""Context parallelism, --cp N: long sequences on N ranks, each of which computes a part of every one.
+
+The ranks of a group read the same samples. Rank i takes the i-th of N equal pieces of each sequence, and with it a share of the
+activations. All of a transformer but attention looks at one token at a time, so weights, optimizer and strategies know nothing of it:
+these ranks are data-parallel ranks, of pieces of samples, and their gradients are averaged like any other.
+
+In attention tokens meet. Before it an all-to-all changes pieces with all heads into whole sequences with H / N heads, after it another
+one changes back (DeepSpeed Ulysses: Jacobs et al. 2023, section 3). The other way, to gather keys and values (Llama 3: Grattafiori et al.
+2024, section 3.3.2), lets N be larger than H, but every rank then holds the keys and values of all tokens, and masks of (T / N, T), pieces
+of a causal mask that ranks must be dealt unequal pieces to share fairly. Here each rank has the attention kernel and the mask of
+one process, all do the same work, and the model has no line about it: hooks cut the sequences, and swap pieces for heads.
+
+    ids (B, T) -> embed (B, T/N, C) -> qkv (B, T/N, 3C) -> (B, T, 3C/N) -> attention -> (B, T, C/N) -> (B, T/N, C) -> out, MLP, loss
+"""
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collators import IGNORE
+from model import GPT, Attention
+from state import UsageError
+from world import World
+
+REFUSED = {     # flags by which the model would be called for something else than its loss, or would look at whole sequences
+    "torch_compile": "does not see through the exchange between ranks",
+    "neftune_noise_alpha": "scales its noise by the length of a sequence, of which a rank has a part",
+    "do_predict": "needs the outputs for whole sequences, so predict with a checkpoint, in a start without --cp",
+    "sample_prompt": "lets the model write token by token, as python -m tools.generate does with a checkpoint"}
+
+
+def split_sequences(model: nn.Module, args, world: World) -> None:
+    """Has a GPT compute this rank's part of each sequence: its forward, which all ranks of the group call with the same (B, T) ids, gives
+    the summed loss of T / N tokens. Raises UsageError for what cannot be split."""
+    refuse(model, args)
+    group = world.groups["cp"]
+    model.register_forward_pre_hook(partial(begin, group=group), with_kwargs=True)
+    model.embed.register_forward_pre_hook(lambda embed, inputs: piece(inputs[0], group))
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        attention.qkv.register_forward_hook(lambda qkv, inputs, output, D=attention.head_dim: to_heads(output, D, group))
+        attention.out.register_forward_pre_hook(lambda out, inputs: to_pieces(inputs[0], group))
+
+
+def refuse(model: nn.Module, args) -> None:
+    if not isinstance(model, GPT):
+        raise UsageError(f"--cp splits the sequences of the built-in GPT of model.py, and this is a {type(model).__name__}: "
+                         f"use --strategy fsdp and --activation_checkpointing, or hook its attention as parallel/context.py does")
+    for name, reason in REFUSED.items():
+        if getattr(args, name):
+            raise UsageError(f"--cp {args.cp} and --{name} do not go together: it {reason}. Leave one of them away")
+    heads = model.blocks[0].attn.out.in_features // model.blocks[0].attn.head_dim
+    if heads % args.cp:
+        fit = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+        raise UsageError(f"--cp {args.cp} does not divide the {heads} attention heads, of which each rank takes as many: "
+                         f"{f'give {fit}, or ' if fit else ''}another --n_head")
+
+
+def begin(model: nn.Module, args: tuple, kwargs: dict, group: dist.ProcessGroup) -> tuple[tuple, dict]:
+    """Before the model's forward: the whole batch, padded to a multiple of N with tokens that nobody looks at, and this rank's labels."""
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    if given.get("labels") is None or given.get("cache") is not None:
+        raise UsageError("with --cp a rank has a part of each sequence, so the model gives its summed loss and no logits: leave away what asks for "
+                         "them (compute_metrics, a loss of logits, generation), or do it with a checkpoint and without --cp")
+    missing = -given["input_ids"].shape[1] % group.size()
+    for name, fill in (("input_ids", 0), ("labels", IGNORE), ("position_ids", 0)):      # 0: a document of its own
+        if given.get(name) is not None:
+            given[name] = F.pad(given[name], (0, missing), value=fill)
+            dist.broadcast(given[name], group=group, group_src=0)       # a data set may draw with generators that differ over ranks
+    return (), {**given, "labels": piece(given["labels"], group)}
+
+
+def piece(sequences: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, T) -> this rank's (B, T/N)."""
+    return sequences.chunk(group.size(), dim=1)[group.rank()].contiguous()
+
+
+def to_heads(qkv: Tensor, D: int, group: dist.ProcessGroup) -> Tensor:
+    """All of a piece of the sequence -> some heads of the whole: (B, T/N, 3 H D) -> (B, T, 3 H/N D)."""
+    heads = qkv.unflatten(-1, (3, group.size(), -1, D))             # (B, T/N, 3, N, H/N, D)
+    return Swap.apply(heads.movedim(3, 0), group).movedim(0, 1).flatten(1, 2).flatten(2)
+
+
+def to_pieces(y: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Back: (B, T, H/N D) -> (B, T/N, H D)."""
+    pieces = y.unflatten(1, (group.size(), -1))                     # (B, N, T/N, H/N D)
+    return Swap.apply(pieces.movedim(1, 0), group).movedim(0, 2).flatten(2)
+
+
+class Swap(torch.autograd.Function):
+    """Of x (N, ...) on N ranks x[j] goes to rank j, and what rank j has for this one takes its place. Gradients go the same way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, x = group, x.contiguous()
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return Swap.apply(grad, ctx.group), None
