@@ -39,6 +39,7 @@ FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_eva
 CLEARED_BEFORE = {"on_train_begin": ("should_training_stop",), "on_epoch_begin": ("should_epoch_stop",),
                   "on_step_begin": ("should_log", "should_evaluate", "should_save"),
                   "on_log": ("should_log",), "on_evaluate": ("should_evaluate",), "on_save": ("should_save",)}
+IN_UPDATES = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
 AGREED_AFTER = ("on_train_begin", "on_epoch_begin", "on_step_end", "on_epoch_end", "on_log", "on_evaluate", "on_save")
 
 
@@ -61,25 +62,33 @@ class Callbacks:
     def __init__(self, callbacks: list):
         self.callbacks, self.control = list(callbacks), Control()
         self.dataloaders: dict = {"train_dataloader": None, "eval_dataloader": None}
-        self.stop_code = 0       # what this rank asks for, not yet agreed
+        self.heard = True        # whether on some rank a callback listens to what happens within an update
         self.unwritten: list[str] = []      # rows that did not get onto a full disk (--save_errors continue)
 
     def fire(self, event: str, run: Run, **kwargs) -> None:
-        """Calls `event` on every callback, then agrees on the flags over ranks: a flag set on any rank is set on all."""
+        """Calls `event` on every callback, then agrees on the flags over ranks: a flag set on any rank is set on all. After an update that is
+        left out if no callback was there to set one, and no rank wanted to stop when its samples were counted."""
         for flag in CLEARED_BEFORE.get(event, ()):
             setattr(self.control, flag, False)
-        for callback in self.callbacks:
-            method = getattr(callback, event, None)
-            if method is not None and getattr(method, "__func__", method) is not Callback.on_init_end:      # those of Callback do nothing
-                changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
-                                 lr_scheduler=run.schedule, processing_class=run.processing_class, run=run, **{**self.dataloaders, **kwargs})
-                vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
+        for method in self.listeners(event):
+            changed = method(run.args, run.state, self.control, model=run.model, optimizer=run.optimizer,
+                             lr_scheduler=run.schedule, processing_class=run.processing_class, run=run, **{**self.dataloaders, **kwargs})
+            vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
         if event in AGREED_AFTER and run.world.world_size == 1:
-            self.control.stop_code = self.stop_code
-        elif event in AGREED_AFTER:
-            *flags, self.control.stop_code = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), self.stop_code)
+            self.control.stop_code = run.world.stop["code"]
+        elif event in AGREED_AFTER and (event != "on_step_end" or self.heard or run.world.stop["asked"] is not False):
+            heard = any(self.listeners(event) for event in IN_UPDATES)
+            *flags, heard, self.control.stop_code = run.world.max(*(int(getattr(self.control, flag)) for flag in FLAGS), int(heard), run.world.stop["code"])
             for flag, value in zip(FLAGS, flags):
                 setattr(self.control, flag, bool(value))
+            self.heard = bool(heard)
+        if event == "on_step_end":
+            run.world.stop["asked"] = None      # an update that counts nothing does not know
+
+    def listeners(self, event: str) -> list:
+        """What callbacks do at an event; the methods of Callback do nothing."""
+        methods = [getattr(callback, event, None) for callback in self.callbacks]
+        return [method for method in methods if method is not None and getattr(method, "__func__", method) is not Callback.on_init_end]
 
     def log(self, run: Run, logs: dict) -> None:
         """Appends one row to metrics.jsonl (rank 0) and fires on_log. Called with the same logs on every rank. Rows are whole, or not

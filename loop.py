@@ -56,11 +56,11 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
                 losses.append(loss.detach())                   # no .item(): the host stays ahead of the device
             if not last:
                 run.callbacks.fire("on_substep_end", run)
+        share = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=world.device)
+        loss = run.parallel.end_window(share)                  # gradients are means over ranks now, and the loss is of all of them
         clock.to("optimizer")
         precision.unscale(run.optimizer)
         grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
-        share = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=world.device)
-        loss = world.add(share)
         run.callbacks.fire("on_pre_optimizer_step", run)
         state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
         stepped, failed = precision.step(run.optimizer, loss, grad_norm)
@@ -300,7 +300,7 @@ class Meter:
         now = time.monotonic()
         self.longest_update, self.last_end = max(self.longest_update, now - self.last_end), now
         if time.time() - self.run.world.status["started"] + self.longest_update + 2 * self.saver.seconds > seconds(self.run.args.max_time):
-            self.run.callbacks.stop_code = 75
+            self.run.world.stop["code"] = 75
 
     def final_metrics(self) -> dict:
         self.collect()
@@ -389,7 +389,7 @@ def catching_signals(run: Run) -> Iterator[None]:
 
     def catch(number, frame):       # print is not safe in a handler
         os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")
-        run.callbacks.stop_code = 128 + number
+        run.world.stop["code"] = 128 + number
         for each in previous:
             signal.signal(each, signal.SIG_DFL)      # even where a collective waits for ever
     for number in previous:

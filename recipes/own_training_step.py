@@ -40,7 +40,7 @@ def sharpness_aware_step(run: Run, window: list[dict], loss_fn: Callable) -> Upd
         raise UsageError("own_training_step has no loss scaling for --fp16: use --bf16")
     state = run.state
     num_items, num_samples = run.world.count(sum(mb["num_items"] for mb in window), sum(mb["num_samples"] for mb in window))
-    loss = run.world.add(share := gradient(run, window, loss_fn, num_items))
+    loss = run.parallel.end_window(share := gradient(run, window, loss_fn, num_items))      # now parameters have the gradients of all ranks
     norm = clip_grads(run.parallel, 0)              # only measured, over all ranks
     pieces = [part.piece for part in run.parallel.parts if part.piece.grad is not None]     # what this rank trains
     before = [piece.detach().clone() for piece in pieces]
@@ -48,7 +48,7 @@ def sharpness_aware_step(run: Run, window: list[dict], loss_fn: Callable) -> Upd
         piece.detach().add_(piece.grad * (RHO / (norm + 1e-12)))
     run.parallel.gather()                           # of strategies that split: the model's weights follow the pieces
     run.optimizer.zero_grad(set_to_none=True)
-    gradient(run, window, loss_fn, num_items)
+    run.parallel.end_window(gradient(run, window, loss_fn, num_items))
     for piece, value in zip(pieces, before):
         piece.detach().copy_(value)
     grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
