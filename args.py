@@ -126,6 +126,7 @@ class TrainArgs:
     hsdp_shard_size: int | None = arg(None, "hsdp: neighbouring ranks that share one copy of the model (default: those of a host)", 1, 10**6)
     fsdp_transformer_layer_cls_to_wrap: str | None = arg(None, "fsdp, hsdp: classes, with commas, whose weights are gathered at a time"
                                                          " (default: model.blocks, or what a transformers model names)")
+    ep: int = arg(1, "expert parallel: neighbouring ranks that share the experts of each layer out among them", 1, 100_000)
     cpu_offload: bool = arg(False, "keep the optimizer's state on the CPU and update there; with fsdp and hsdp weights and gradients too")
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
     ddp_find_unused_parameters: bool = arg(True, "ddp, zero1, zero2: allow parameters that the loss does not use; False: an error names them")
@@ -346,6 +347,12 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
         need(f"{name} n_experts", a.n_experts or getattr(a, name) == TrainArgs.__dataclass_fields__[name].default, f"--{name} needs --n_experts")
     need("n_experts experts_per_token", not a.n_experts or a.experts_per_token <= a.n_experts,
          f"experts_per_token={a.experts_per_token} must be at most n_experts={a.n_experts}")
+    for name, given, reason in (("strategy", a.strategy != "ddp", f"{a.strategy}, which would split experts once more: give --strategy ddp"),
+                                ("sample_prompt", a.sample_prompt is not None, "as ranks could write texts of different lengths: use tools/generate.py on a checkpoint"),
+                                ("bf16_full_eval", a.bf16_full_eval, "which casts whole weights: use --bf16"),
+                                ("fp16_full_eval", a.fp16_full_eval, "which casts whole weights: use --fp16"),
+                                ("save_on_each_node", a.save_on_each_node, "as a host may hold some experts only: give an output_dir that all hosts share")):
+        need(f"ep {name}", a.ep == 1 or not given, f"--ep {a.ep} does not go with --{name} {reason}")
     need("n_experts lora_rank lora_adapter", not a.n_experts or a.lora_rank is a.lora_adapter is None,
          "--lora_rank and --lora_adapter are for linear layers, and --n_experts makes stacked ones: train the model as a whole")
     need("streaming dataset", not a.streaming or a.dataset is not None, "--streaming needs --dataset: the default data is read whole")

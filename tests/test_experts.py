@@ -1,14 +1,23 @@
 """A mixture of experts is the loop over tokens that it replaces, drops none, and is the same training wherever its experts are."""
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
+from args import parse_args
+from callbacks import Callback
+from distributed import build_on, parallelize, whole
 from loss import compute_loss, cross_entropy
+from model import build_model
 from parallel.experts import ExpertGPT, Experts, balance
-from tests.toy import LENGTH, VOCAB, arguments, rows, run_training, sequences
+from state import UsageError
+from tests.test_strategies import close, on_ranks
+from tests.toy import LENGTH, VOCAB, arguments, rows, run_training, sequences, timeless, train_and, weights
 from tools.flops import main as count_flops
-from world import set_seed
+from world import open_world, set_seed
 
 E = 4
 
@@ -76,11 +85,15 @@ def batch_of(n: int):
 def test_the_loss_of_training_has_the_weighted_balance_loss_of_each_layer_for_every_label_item_and_evaluation_has_none():
     batch, plain = batch_of(4), expert_gpt(weight=0.0)
     model, items = expert_gpt(weight=0.1), int((batch["labels"] != -100).sum())
-    entropy = cross_entropy(model(batch["input_ids"]), batch["labels"])
+    entropy = cross_entropy(model.eval()(batch["input_ids"]), batch["labels"])
+    model.train()
     torch.testing.assert_close(compute_loss(plain, batch), entropy, rtol=0, atol=1e-11)
     extra = compute_loss(model, batch) - entropy
     torch.testing.assert_close(extra, 0.1 * items * model.seen[0].sum(), rtol=0, atol=1e-11)
     assert (model.seen[0] > 0.9).all() and extra > 0.18 * items
+    with pytest.raises(UsageError, match="give it labels, or --balance_loss_weight 0"):
+        model(batch["input_ids"])
+    assert plain(batch["input_ids"]).shape == (4, LENGTH, VOCAB)
     torch.testing.assert_close(compute_loss(model.eval(), batch), entropy, rtol=0, atol=1e-11)
 
 
@@ -89,7 +102,8 @@ def routing_after(output_dir, weight: float) -> dict:
     with torch.no_grad():
         for block in model.blocks:      # as if the first expert had won
             block.experts.router[0] += 3 * block.experts.router[0].sign()
-    run_training(arguments(output_dir, max_steps=60, learning_rate=3e-2, per_device_train_batch_size=8, logging_steps=60), model=model, train_set=sequences(16))
+    args = arguments(output_dir, max_steps=40, learning_rate=3e-2, per_device_train_batch_size=8, logging_steps=40)
+    run_training(args, model=model, train_set=sequences(16))
     return next(row for row in rows(output_dir) if "busiest_expert" in row)
 
 
@@ -105,3 +119,100 @@ def test_operations_are_those_of_the_experts_that_a_token_meets(capsys):
     attention = 2 * 2 * 32 * 64 * 6
     assert count_flops([*flags, "--n_experts", str(E)]) == 3 * 2 * (2 * layer + 256 * 64) + attention
     assert f"of which a token meets:     {2 * layer + 2 * 256 * 64 + 5 * 64:,}" in capsys.readouterr().out      # embeddings and norms too
+
+
+def settings(output_dir, world_size: int, **changes):
+    """8 micro-batches of 2 samples in a window, over all ranks."""
+    return arguments(output_dir, **{"gradient_accumulation_steps": 8 // world_size, "max_steps": 10, "max_grad_norm": 0.5, "weight_decay": 0.1,
+                                    "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 5, **changes})
+
+
+def finish(output_dir, world_size: int, callbacks=(), dropout: float = 0.0, **changes):
+    """Weights, and the losses of training and evaluation. The second window of a pass, and an evaluation, end with a round that leaves
+    ranks without samples."""
+    args, model = settings(output_dir, world_size, **changes), expert_gpt()
+    for block in model.blocks:
+        block.dropout.p = dropout
+    result = train_and(args, weights, model=model, train_set=sequences(29), eval_set=sequences(5, seed=1), callbacks=callbacks)
+    return result, [row[key] for row in rows(output_dir) for key in ("loss", "eval_loss", "grad_norm") if row.get(key) is not None]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.mark.parametrize("world_size, changes", [(2, {"ep": 2, "activation_checkpointing": True}), (4, {"ep": 2, "check_replicas": 1}), (4, {"ep": 4}),
+                                                 (2, {"strategy": "zero2"}), (2, {"strategy": "fsdp"})])
+def test_wherever_experts_are_the_training_is_that_of_one_process(ranks, one, tmp_path, world_size, changes):
+    for got in on_ranks(ranks, finish, tmp_path, world_size=world_size, **changes):
+        close(got, one)
+
+
+def test_a_checkpoint_of_any_ep_goes_on_on_any_other(ranks, one, tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 20, "eval_steps": 10, "eval_on_start": False}
+    on_ranks(ranks, finish, tmp_path, world_size=2, ep=2, max_steps=3, **save)
+    with safe_open(tmp_path / "checkpoint-3" / "optimizer-1.safetensors", "np") as file:
+        assert {*file.keys()} == {f"blocks.{i}.experts.{name}.{state}" for i in range(2) for name in ("up", "down")
+                                  for state in ("step", f"exp_avg[{8 * 16 * 16}:{16 * 16 * 16}]", f"exp_avg_sq[{8 * 16 * 16}:{16 * 16 * 16}]")}
+    finish(tmp_path, 1, max_steps=6, resume_from_checkpoint="True", **save)
+    got, losses = on_ranks(ranks, finish, tmp_path, world_size=2, ep=2, resume_from_checkpoint="True", **save)[1]
+    close((got, losses), (one[0], losses))
+
+
+def test_a_resumed_run_is_the_one_that_was_never_stopped_to_the_bit(ranks, tmp_path):
+    changes = {"world_size": 2, "ep": 2, "dropout": 0.1, "ema_decay": 0.9, "save_strategy": "steps", "save_steps": 3, "eval_steps": 3}
+    straight = on_ranks(ranks, finish, tmp_path / "a", max_steps=6, **changes)
+    on_ranks(ranks, finish, tmp_path / "b", max_steps=3, **changes)
+    resumed = on_ranks(ranks, finish, tmp_path / "b", max_steps=6, resume_from_checkpoint="True", **changes)
+    for got in resumed:
+        close(got, straight[0], 0, 0)
+    ours, theirs = ([timeless(row) for row in rows(tmp_path / name) if "loss" in row] for name in "ab")
+    assert ours == theirs and "balance_loss" in ours[-1]
+    for name in ("model.safetensors", "optimizer-0.safetensors", "optimizer-1.safetensors", "ema-0.safetensors", "ema-1.safetensors"):
+        assert (tmp_path / "a" / "checkpoint-6" / name).read_bytes() == (tmp_path / "b" / "checkpoint-6" / name).read_bytes()
+
+
+def fresh_weights(world_size: int, ep: int = 1):
+    args = parse_args(f"--n_experts 4 --n_layer 2 --n_head 2 --n_embd 16 --ep {ep}".split())
+    with open_world(args) as world:
+        set_seed(3)
+        model = build_on(world, lambda: build_model(args), build_model.meta_init)
+        assert world_size == 1 or model.blocks[0].experts.up.is_meta
+        parallelize(model, args, world)
+        held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+        return {name: whole(p).numpy() for name, p in model.named_parameters()}, held
+
+
+def test_ranks_build_only_their_own_experts_with_the_weights_that_one_process_gives_them(ranks):
+    expected, held = fresh_weights(1)
+    for got, part in on_ranks(ranks, fresh_weights, world_size=2, ep=2):
+        assert all((got[name] == value).all() for name, value in expected.items())
+        assert held - part == sum(value.size for name, value in expected.items() if name.endswith(("up", "down"))) // 2
+
+
+class Meddle(Callback):
+    """Changes a weight that all ranks hold, on one of them."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 1:
+            model.norm.weight.detach()[0] += 1e-9
+
+
+def refused(output_dir, world_size: int, **changes) -> str:
+    try:
+        finish(output_dir, world_size, **changes)
+    except UsageError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize("world_size, changes, said", [
+    (2, {"callbacks": [Meddle()], "check_replicas": 1}, "update 2: rank 1 holds other weights"),
+    (2, {"optim": "adafactor"}, "Adafactor looks at 4 weights of experts as a whole"),
+    (3, {}, "--ep 2 shares experts out among 2 ranks, and there are 3"), (1, {}, "this is one process"),
+    (2, {"strategy": "fsdp"}, "--ep 2 does not go with --strategy fsdp, which would split experts once more: give --strategy ddp"),
+    (3, {"ep": 3}, "the model has 4: give a multiple")])
+def test_what_experts_cannot_be_shared_out_under_is_refused_by_name(ranks, tmp_path, world_size, changes, said):
+    for message in on_ranks(ranks, refused, tmp_path, world_size=world_size, **{"ep": 2, **changes}):
+        assert said in message
