@@ -66,6 +66,9 @@ class TrainArgs:
     block_size: int = arg(128, "tokens per training sample", 1, 100_000_000, fixed=True)
     vocab_size: int = arg(256, "distinct tokens; the built-in data is bytes", 2, 100_000_000, fixed=True)
     dropout: float = arg(0.0, "probability of dropping an activation while training", 0, 0.999)
+    n_experts: int = arg(0, "experts in place of each block's MLP, some of which a router chooses for each token (0: an MLP as it is)", 0, 100_000, fixed=True)
+    experts_per_token: int = arg(2, "how many of them", 1, 100_000, fixed=True)
+    balance_loss_weight: float = arg(0.01, "weight of the loss that keeps experts equally busy while training", 0, 1e6)
     model_name_or_path: str | None = arg(None, "start from these weights: a checkpoint of the built-in model, or in recipes that fine-tune a"
                                          " transformers model, a folder or a name of the hub", fixed=True)
     # -- adapters (adapters.py)
@@ -123,6 +126,7 @@ class TrainArgs:
     hsdp_shard_size: int | None = arg(None, "hsdp: neighbouring ranks that share one copy of the model (default: those of a host)", 1, 10**6)
     fsdp_transformer_layer_cls_to_wrap: str | None = arg(None, "fsdp, hsdp: classes, with commas, whose weights are gathered at a time"
                                                          " (default: model.blocks, or what a transformers model names)")
+    ep: int = arg(1, "expert parallel: neighbouring ranks that share the experts of each layer out among them", 1, 100_000)
     cpu_offload: bool = arg(False, "keep the optimizer's state on the CPU and update there; with fsdp and hsdp weights and gradients too")
     cp: int = arg(1, "context parallel: ranks that share the sequences of a micro-batch, each with a part of every one (parallel/context.py)", 1, 100_000)
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
@@ -340,6 +344,19 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
              f"{f' (by default it is {default})' * bool(default)} with --{what}_strategy steps: give at least 1, or --{what}_strategy no")
     need("n_embd n_head", a.n_embd % (2 * a.n_head) == 0,
          f"n_embd={a.n_embd} must be a multiple of 2 * n_head = {2 * a.n_head}: rotary positions turn pairs in each head")
+    for name in ("experts_per_token", "balance_loss_weight"):
+        need(f"{name} n_experts", a.n_experts or getattr(a, name) == TrainArgs.__dataclass_fields__[name].default, f"--{name} needs --n_experts")
+    need("n_experts experts_per_token", not a.n_experts or a.experts_per_token <= a.n_experts,
+         f"experts_per_token={a.experts_per_token} must be at most n_experts={a.n_experts}")
+    for name, given, reason in (("strategy", a.strategy != "ddp", f"{a.strategy}, which would split experts once more: give --strategy ddp"),
+                                ("sample_prompt", a.sample_prompt is not None, "as ranks could write texts of different lengths: use tools/generate.py on a checkpoint"),
+                                ("bf16_full_eval", a.bf16_full_eval, "which casts whole weights: use --bf16"),
+                                ("fp16_full_eval", a.fp16_full_eval, "which casts whole weights: use --fp16"),
+                                ("save_on_each_node", a.save_on_each_node, "as a host may hold some experts only: give an output_dir that all hosts share")):
+        need(f"ep {name}", a.ep == 1 or not given, f"--ep {a.ep} does not go with --{name} {reason}")
+    need("n_experts cp", not a.n_experts or a.cp == 1, "--n_experts balances the tokens of a micro-batch, of which a rank has a part with --cp: leave one of them away")
+    need("n_experts lora_rank lora_adapter", not a.n_experts or a.lora_rank is a.lora_adapter is None,
+         "--lora_rank and --lora_adapter are for linear layers, and --n_experts makes stacked ones: train the model as a whole")
     need("streaming dataset", not a.streaming or a.dataset is not None, "--streaming needs --dataset: the default data is read whole")
     need("streaming max_steps", not a.streaming or a.max_steps > 0, "--streaming needs --max_steps: a stream has no length to count epochs by")
     need("do_train do_eval do_predict", a.trains or a.do_eval or a.do_predict, "--do_train False leaves nothing to do: give --do_eval or --do_predict")

@@ -216,15 +216,16 @@ class CheckReplicas(Callback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.steps:
             return
-        total = torch.zeros((), dtype=torch.int64)
+        totals = torch.zeros(2, dtype=torch.int64)     # of what all ranks hold, and of what those of one shard hold
         for p in model.parameters():
             for part in plain(local_part(p)[0]):
                 bits = part.contiguous().view(-1).view(torch.uint8 if part.element_size() % 4 else torch.int32)
-                total = total * 31 + bits.sum().cpu()      # overflows as it likes
-        found = [tuple(pair) for pair in self.world.gather(torch.stack([torch.tensor(self.shard), total])).tolist()]
-        for rank, (shard, value) in enumerate(found):
-            common = Counter(v for s, v in found if s == shard).most_common(1)[0][0]
-            if value != common:
+                kind = int(hasattr(p, "to_local"))
+                totals[kind] = totals[kind] * 31 + bits.sum().cpu()      # overflows as it likes
+        found = self.world.gather(torch.tensor([self.shard, *totals])).tolist()
+        for rank, (shard, alike, own) in enumerate(found):
+            among = Counter(a for _, a, _ in found), Counter(o for s, _, o in found if s == shard)
+            if [alike, own] != [values.most_common(1)[0][0] for values in among]:
                 raise UsageError(f"update {state.global_step}: rank {rank} holds other weights than the ranks it should equal; resume from a "
                                  f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
 

@@ -257,10 +257,10 @@ def plan_rest(run: Run) -> dict[str, FilePlan]:
     if not args.save_only_model:
         files[f"rng-{rank}.json"] = plan_json(rng_state())
         if run.parallel.saves:
-            tensors, numbers = optimizer_state(run.parallel.parts, run.optimizer)
+            tensors, numbers = optimizer_state([part for part in run.parallel.parts if run.parallel.owns(part)], run.optimizer)
             files[f"optimizer-{rank}.safetensors"] = plan_tensors(tensors, numbers=json.dumps(numbers))
     if run.ema is not None and run.parallel.saves:
-        files[f"ema-{rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts))
+        files[f"ema-{rank}.safetensors"] = plan_tensors(dict(name_part(part, part.name, part.piece) for part in run.ema.parts if run.parallel.owns(part)))
     if run.world.writes:
         files |= {"args.json": plan_json(args.to_dict()), "state.json": plan_json(describe_run(run))}
         files |= plan_foreign(run.model, run.processing_class, args.model_name_or_path)

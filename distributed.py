@@ -41,6 +41,9 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
         split_sequences(model, args, world)
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
         return FullySharded(model, args, world)
+    if args.ep > 1:
+        from parallel.experts import ExpertParallel
+        return ExpertParallel(model, args, world)
     model.to(world.device)
     return Parallel(model, world) if world.world_size == 1 else DataParallel(model, args, world)
 
@@ -48,7 +51,7 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
 def clip_grads(parallel: Parallel, max_norm: float) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most max_norm (0: leaves them). Returns the norm before, ()."""
     parameters = [part.piece for part in parallel.parts if part.piece.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = nn.utils.get_total_norm([part.piece.grad for part in parallel.parts if part.piece.grad is not None and parallel.owns(part)])
     if parallel.split:      # that is the norm of this rank's pieces, of which there may be none
         square = norm.to(parallel.world.device, torch.float64) ** 2
         dist.all_reduce(square, group=parallel.group)

@@ -278,6 +278,7 @@ class Meter:
                 used = state.flops_per_token * tokens / training / (args.peak_flops * self.run.world.world_size)
                 row["hfu" if args.activation_checkpointing else "mfu"] = used or None       # of data without input_ids it is not known
             row |= {f"time_{part}": seconds / updates for part, seconds in spent.items()}
+            row |= self.run.model.routing(self.run.world) if hasattr(self.run.model, "routing") else {}
         row |= memory(self.run.world.device)
         losses.clear()
         state.last_logged_step = self.since_step = state.global_step
@@ -308,7 +309,8 @@ class Meter:
         state, seconds, model = self.run.state, time.perf_counter() - self.began, self.run.model
         embeddings = {p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
         # the 6 N D rule for training FLOPs (Kaplan et al. 2020, section 2.1), N without embeddings
-        state.total_flos = state.num_input_tokens_seen * 6.0 * sum(p.numel() for p in model.parameters() if p not in embeddings)
+        active = sum(p.numel() for p in model.parameters() if p not in embeddings) - getattr(model, "idle_parameters", 0)
+        state.total_flos = state.num_input_tokens_seen * 6.0 * active
         return {"train_runtime": seconds, "train_samples_per_second": (state.total_samples - self.first_sample) / seconds,
                 "train_steps_per_second": (state.global_step - self.first_step) / seconds,
                 "total_flos": state.total_flos, "train_loss": state.total_loss / max(state.num_losses, 1), **self.run.world.memory.read()}

@@ -5,6 +5,8 @@ and a squared-ReLU MLP (So et al. 2021, section 4.2). Shapes: B batch, T time, C
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,19 +91,22 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to its input; the identity at the start."""
+    """Attention and MLP, each added to its input; the identity at the start. experts: makes what is in the MLP's place (parallel/experts.py)."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float):
+    def __init__(self, n_embd: int, n_head: int, dropout: float, experts: Callable[[int], nn.Module] | None = None):
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(n_embd), nn.RMSNorm(n_embd)
         self.attn = Attention(n_embd, n_head, dropout)
-        self.up = Linear(n_embd, 4 * n_embd)
-        self.down = Linear(4 * n_embd, n_embd, zero=True)
+        self.experts = experts and experts(n_embd)
+        if experts is None:
+            self.up = Linear(n_embd, 4 * n_embd)
+            self.down = Linear(4 * n_embd, n_embd, zero=True)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = x + self.dropout(self.attn(self.attn_norm(x), rotary, mask, cache))
-        return x + self.dropout(self.down(F.relu(self.up(self.mlp_norm(x))).square()))
+        y = self.mlp_norm(x)
+        return x + self.dropout(self.down(F.relu(self.up(y)).square()) if self.experts is None else self.experts(y))
 
 
 class GPT(nn.Module):
@@ -112,12 +117,13 @@ class GPT(nn.Module):
 
     uncalled = ("head",)    # its weight is used without calling it, so it can have no adapter
 
-    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0, label_smoothing: float = 0.0):
+    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0, label_smoothing: float = 0.0,
+                 experts: Callable[[int], nn.Module] | None = None):
         super().__init__()
         self.vocab_size, self.block_size, self.label_smoothing = vocab_size, block_size, label_smoothing
         self.embed = Embedding(vocab_size, n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, experts) for _ in range(n_layer))
         self.norm = nn.RMSNorm(n_embd)
         self.head = Linear(n_embd, vocab_size)
 
@@ -143,7 +149,12 @@ class GPT(nn.Module):
 
 def build_model(args: TrainArgs) -> GPT:
     """With --model_name_or_path it has the weights of that checkpoint."""
-    model = GPT(args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout, args.label_smoothing_factor)
+    sizes = args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.dropout, args.label_smoothing_factor
+    if args.n_experts:
+        from parallel.experts import ExpertGPT
+        model = ExpertGPT(*sizes, n_experts=args.n_experts, experts_per_token=args.experts_per_token, balance_loss_weight=args.balance_loss_weight)
+    else:
+        model = GPT(*sizes)
     if args.model_name_or_path is not None:
         verify(args.model_name_or_path)
         load_model(model, args.model_name_or_path, partly="weights" in args.allowed)

@@ -45,7 +45,7 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
-    device_mesh: DeviceMesh | None = None    # fsdp: ("shard",) over all ranks; hsdp: ("replicate", "shard")
+    device_mesh: DeviceMesh | None = None    # fsdp: ("shard",) over all ranks; hsdp and --ep: ("replicate", "shard")
     local_world_size: int = 1
     node: int = 0                            # number of the host
     writes: bool = True                      # into output_dir what all ranks hold: rank 0, with --save_on_each_node one rank of each host
@@ -244,13 +244,15 @@ def open_group(args, rank: int, groups: Tensor) -> dist.ProcessGroup:
 
 
 def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceMesh | None:
-    """The grid of ranks that fsdp and hsdp shard over: hsdp shards among --hsdp_shard_size neighbours and replicates those."""
-    size = args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    """The grid of ranks that fsdp and hsdp shard over: hsdp shards among --hsdp_shard_size neighbours and replicates those; so does --ep."""
+    size = args.ep if args.ep > 1 else args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size % args.ep:
+        raise UsageError(f"--ep {args.ep} shares experts out among {args.ep} ranks, and there are {world_size}: start a multiple of that with torchrun")
     if args.strategy == "hsdp" and (world_size % size or size in (1, world_size)):
         sizes = [str(n) for n in range(2, world_size // 2 + 1) if world_size % n == 0]
         raise UsageError(f"--strategy hsdp splits {world_size} ranks into groups of --hsdp_shard_size={size} (by default all ranks of a host), "
                          f"and needs at least 2 full groups of at least 2: {f'give {sizes[0]}, or' if sizes else ''} use --strategy fsdp")
-    if args.strategy not in ("fsdp", "hsdp"):
+    if args.strategy not in ("fsdp", "hsdp") and args.ep == 1:
         return None
     from torch.distributed.device_mesh import DeviceMesh
     if args.strategy == "fsdp":

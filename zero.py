@@ -69,6 +69,10 @@ class Parallel:
         saved = model.state_dict(keep_vars=True)
         self.shared_buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
 
+    def owns(self, part: Part) -> bool:
+        """Whether this rank is the one that has a part in the norm of the gradients and in checkpoints, of those that `group` joins."""
+        return True
+
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Has an optimizer that was built on the bare model train what this rank holds."""
         self.train_pieces(optimizer, {name: (p, 0) for name, p in self.trained.items()})
@@ -193,18 +197,18 @@ class DataParallel(Parallel):
 
     def __init__(self, model: nn.Module, args, world: World):
         super().__init__(model, world, args.strategy != "ddp", args.ddp_find_unused_parameters)
-        self.every_micro_batch = args.strategy == "zero2" and not args.accumulate_unsharded
+        self.cuts, self.every_micro_batch = args.strategy != "ddp", args.strategy == "zero2" and not args.accumulate_unsharded
         self.bucket_bytes, self.offload = int(args.ddp_bucket_cap_mb * 2**20), args.cpu_offload
         self.group, self.buckets, self.reducing = dist.group.WORLD, [], False      # group: keeps its store for ranks that are late
-        share([*model.parameters(), *model.buffers()])
+        share([tensor for tensor in (*model.parameters(), *model.buffers()) if not hasattr(tensor, "to_local")])
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Lays out the buckets, and with ZeRO gives the optimizer this rank's pieces to train in place of the parameters."""
-        whole = whole_parameters(optimizer) if self.split else set()
-        pieces = {}
-        for names in fill_buckets(self.trained, whole, self.world.world_size, self.bucket_bytes):
+        whole = whole_parameters(optimizer) if self.cuts else set()
+        pieces, alike = {}, {name: p for name, p in self.trained.items() if not hasattr(p, "to_local")}     # the others, DTensors, are a subclass's
+        for names in fill_buckets(alike, whole, self.world.world_size, self.bucket_bytes):
             parameters = {name: self.trained[name] for name in names}
-            bucket = Bucket(parameters, self.world, self.split, parameters[names[0]] in whole, self.offload, turn=len(self.buckets))
+            bucket = Bucket(parameters, self.world, self.cuts, parameters[names[0]] in whole, self.offload, turn=len(self.buckets))
             self.buckets.append(bucket)
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(lambda _, bucket=bucket, name=name: self.on_grad(bucket, name))
@@ -257,7 +261,7 @@ class DataParallel(Parallel):
         for bucket in self.buckets if self.offload else []:
             bucket.mine.copy_(bucket.held)
         with self.world.clock.within("communication"):
-            works = [dist.all_gather_single(bucket.flat, bucket.mine, async_op=True) for bucket in self.buckets if self.split]
+            works = [dist.all_gather_single(bucket.flat, bucket.mine, async_op=True) for bucket in self.buckets if bucket.split]
             for work in works:
                 work.wait()
 

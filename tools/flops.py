@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> float:
         batch = next(train.make_loader(args, world, model, data.train, default_collator, train=True).epoch())
         flops, tokens = count_flops(model, compute_loss, batch), batch["input_ids"].numel()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = {"trainable parameters": f"{trained:,}", "FLOPs per token": f"{flops / tokens:,.0f}", "6 x these parameters": f"{6 * trained:,}",
+    active = trained - getattr(model, "idle_parameters", 0)       # by a token, of all experts
+    lines = {"trainable parameters": f"{trained:,}", **({"of which a token meets": f"{active:,}"} if active < trained else {}),
+             "FLOPs per token": f"{flops / tokens:,.0f}", "6 x these parameters": f"{6 * active:,}",
              "FLOPs per update and rank": f"{flops * args.gradient_accumulation_steps:,}", "share of a peak": "n/a: --peak_flops of train.py tells it, of a run"}
     for key, value in lines.items():
         print(f"{key + ':':<28}{value}")
