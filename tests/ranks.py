@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: a pool of processes that import torch once and serve every test."""
+"""Real gloo ranks for tests: a pool of processes that serve every test, forked from one that has imported torch and nothing else."""
 from __future__ import annotations
 
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import socket
 import traceback
 
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "tests.toy"]       # 4 s, which every rank would take
 DEADLINE_S = float(os.environ.get("RANKS_DEADLINE_S", "180"))   # only a hang takes this long
 
 
@@ -17,7 +18,8 @@ class Ranks:
 
     def run(self, world_size: int, function, *args) -> list:
         while len(self.workers) < world_size:
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(IMPORTED)
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs,), daemon=True)
             process.start()

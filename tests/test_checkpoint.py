@@ -6,7 +6,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from rundir import checksum, list_checkpoints, verify
 from state import UsageError
 from tests.test_resume import SETTINGS, cut, finish, interrupted
 from tests.toy import Numbers, arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run
+from tools.chaos import exit_codes, start
 
 ROOT = Path(__file__).parent.parent
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -246,19 +246,24 @@ def test_sigusr1_saves_and_leaves_and_status_tells_why(tmp_path):
     assert status(tmp_path / "part") == {"state": "finished", "step": 9, "reason": "", "exit": 0}
 
 
-def test_a_second_signal_leaves_at_once(tmp_path):
+def evaluate_for_ever(output_dir: str) -> None:
+    def loss(model, batch):
+        while not model.training:
+            print("evaluating", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_loss(model, batch)
+    run_training(arguments(output_dir, eval_strategy="steps", eval_steps=2, max_steps=4), loss, eval_set=sequences(2))
+
+
+def code_of(function, folder: str) -> int:
+    """The exit code of a process of its own that calls function(folder/run)."""
+    return exit_codes(start(f"{folder}/log", 1, function, f"{folder}/run"), folder)[0]
+
+
+def test_a_second_signal_leaves_at_once(fresh, tmp_path):
     """In the middle of an evaluation that would not end."""
-    program = """
-import os, signal, sys
-from tests.toy import *
-def loss(model, batch):
-    while not model.training:
-        print("evaluating", flush=True); os.kill(os.getpid(), signal.SIGTERM)
-    return compute_loss(model, batch)
-run_training(arguments(sys.argv[1], eval_strategy="steps", eval_steps=2, max_steps=4), loss, eval_set=sequences(2))
-"""
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == -signal.SIGTERM and done.stdout.count("evaluating") == 2 and list_checkpoints(tmp_path) == []
+    assert fresh(code_of, evaluate_for_ever, str(tmp_path)) == -signal.SIGTERM
+    assert (tmp_path / "log").read_text().count("evaluating") == 2 and list_checkpoints(tmp_path / "run") == []
 
 
 def timed(output_dir, max_time, steps):

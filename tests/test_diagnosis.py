@@ -121,10 +121,10 @@ def test_a_resumed_run_warns_as_the_one_that_was_never_stopped(tmp_path, capsys)
         assert capsys.readouterr().err.replace(f"/{step}/", "/x/") == (said if step < 41 else "")
 
 
-def diverging(output_dir, resume=None):
+def diverging(output_dir, resume=None, save_steps=5):
     """Its rate rises until the loss does, for good. What the callback knows at the end, and at which update that came."""
     callback, run = spiked(output_dir, resume, poison=0, stop=True, updates=300, learning_rate=30.0, lr_scheduler_type="linear",
-                           warmup_steps=300, optim="sgd", max_grad_norm=0, save_steps=5)
+                           warmup_steps=300, optim="sgd", max_grad_norm=0, save_steps=save_steps)
     return callback.state()["attributes"], run.state.global_step
 
 
@@ -140,7 +140,7 @@ def test_a_rate_far_too_high_is_told_and_ends_the_run_which_goes_on_from_before_
 
 
 def test_ranks_stop_together_and_a_stopped_run_stays_so(ranks, tmp_path):
-    one, other = ranks.run(2, diverging, tmp_path)
+    one, other = ranks.run(2, diverging, tmp_path, None, 300)      # it saves where it stops
     assert one == other and one[1] < 300
     cut(tmp_path, tmp_path / "killed", one[1])
     assert ranks.run(2, diverging, tmp_path / "killed", "True") == [one, other]

@@ -11,13 +11,16 @@ import pytest
 from tests.test_strategies import finish
 
 ROOT = Path(__file__).parent.parent
+STRATEGIES = ("fsdp", "hsdp")
 PROGRAM = """
 import pathlib, sys
 import numpy as np, os
+from tests.test_hosts import STRATEGIES
 from tests.test_strategies import finish
-weights, losses = finish(pathlib.Path(sys.argv[1]) / "run", 4, sys.argv[2], hsdp_shard_size=None, max_steps=4)
-if os.environ["RANK"] == "0":
-    np.savez(pathlib.Path(sys.argv[1]) / "weights.npz", **weights, losses=losses)
+for strategy in STRATEGIES:
+    weights, losses = finish(pathlib.Path(sys.argv[1]) / strategy, 4, strategy, hsdp_shard_size=None, max_steps=4)
+    if os.environ["RANK"] == "0":
+        np.savez(pathlib.Path(sys.argv[1]) / f"{strategy}.npz", **weights, losses=losses)
 """
 
 
@@ -47,16 +50,15 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
-def test_two_hosts_get_the_weights_of_one(hosts, tmp_path, strategy):
-    """hsdp shards within a host by default and replicates between the hosts."""
+def test_two_hosts_get_the_weights_of_one(hosts, tmp_path):
+    """hsdp shards within a host by default and replicates between the hosts. The processes train one after the other, as starting them takes longest."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     agents = []
     for node, (name, link, address) in enumerate(hosts):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
-                   "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0][2]}:29400", "--rdzv-id", strategy, "--rdzv-conf", f"is_host={int(node == 0)}",
-                   "--local-addr", address, str(program), str(tmp_path), strategy]
+                   "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0][2]}:29400", "--rdzv-id", "1", "--rdzv-conf", f"is_host={int(node == 0)}",
+                   "--local-addr", address, str(program), str(tmp_path)]
         agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                        env={**os.environ, "GLOO_SOCKET_IFNAME": link, "PYTHONPATH": str(ROOT)}))
     try:
@@ -67,7 +69,8 @@ def test_two_hosts_get_the_weights_of_one(hosts, tmp_path, strategy):
         for agent in agents:
             agent.kill()
     expected, losses = finish(tmp_path / "one", 1, max_steps=4)
-    with np.load(tmp_path / "weights.npz") as got:
-        assert set(got.files) == {*expected, "losses"}
-        for key, value in {**expected, "losses": losses}.items():
-            np.testing.assert_allclose(got[key], value, rtol=0, atol=1e-11, err_msg=key)
+    for strategy in STRATEGIES:
+        with np.load(tmp_path / f"{strategy}.npz") as got:
+            assert set(got.files) == {*expected, "losses"}
+            for key, value in {**expected, "losses": losses}.items():
+                np.testing.assert_allclose(got[key], value, rtol=0, atol=1e-11, err_msg=f"{strategy} {key}")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from data import build_data
-from tests.toy import rows
+from state import UsageError
+from tests.toy import as_program, rows
+from tools.chaos import exit_codes, start
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -69,23 +71,27 @@ def test_torchrun_trains_on_two_real_ranks_and_gets_what_one_gets(tmp_path):
     (["--resume_from_checkpoint", "nowhere/checkpoint-1"], 3, "no such folder"),
 ])
 def test_a_users_mistake_is_one_message_and_an_exit_code(tmp_path, flags, code, said):
-    done = run_python("train.py", "--output_dir", tmp_path / "run", *flags)
-    assert done.returncode == code, done.stderr
-    assert said in done.stderr and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+    found, told = as_program("train", "--output_dir", tmp_path / "run", *flags)
+    assert found == code, told
+    assert said in told and "Traceback" not in told and told.splitlines()[-1].startswith("error: ")      # the bars of datasets may be before it
 
 
 def test_an_output_dir_that_cannot_be_written_is_exit_code_5_before_training(tmp_path):
+    """A process of its own: what the program itself ends with."""
     (tmp_path / "file").write_text("")
     done = run_python("train.py", *TINY, "--output_dir", tmp_path / "file" / "run")
     assert done.returncode == 5 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
     assert "step" not in done.stdout
 
 
-def test_a_mistake_ends_all_ranks_with_one_message_each(tmp_path):
-    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *TINY, "--output_dir", tmp_path,
-                      "--resume_from_checkpoint", "True")
-    assert done.returncode == 1 and "no checkpoint in" in done.stderr
-    assert f'File "{ROOT}/train.py' not in done.stderr       # torchrun shows a traceback, of its own
+def codes_of_ranks(folder: str) -> list[int]:
+    return exit_codes(start(f"{folder}/log", 2, main, [*TINY, "--output_dir", f"{folder}/run", "--resume_from_checkpoint", "True"]), folder)
+
+
+def test_a_mistake_ends_all_ranks_with_one_message_each(fresh, tmp_path):
+    assert fresh(codes_of_ranks, str(tmp_path)) == [3, 3]
+    said = (tmp_path / "log").read_text()
+    assert said.count("error: ") == said.count("no checkpoint in") == 2 and "Traceback" not in said
 
 
 def test_generate_writes_with_a_saved_model(tmp_path, capsys):
@@ -98,8 +104,9 @@ def test_generate_writes_with_a_saved_model(tmp_path, capsys):
     assert text != generate([str(tmp_path / "checkpoint-4"), "--prompt", "def f", "--length", "30", "--seed", "1"])
     likeliest = [generate([str(tmp_path), "--length", "30", *flags]) for flags in (["--temperature", "0"], ["--top_k", "1"], ["--top_p", "1e-9"])]
     assert len(set(likeliest)) == 1
-    done = run_python("-m", "tools.generate", tmp_path / "checkpoint-5")
-    assert done.returncode == 3 and "no such folder" in done.stderr
+    with pytest.raises(UsageError, match="no such folder") as error:
+        generate([str(tmp_path / "checkpoint-5")])
+    assert error.value.exit_code == 3
 
 
 def test_a_users_own_text_is_trained_on_and_streamed(tmp_path, monkeypatch):
@@ -126,5 +133,5 @@ def test_held_out_data_that_does_not_exist_is_an_error_only_where_it_is_needed(t
 def test_a_model_that_has_diverged_is_said_to_have(tmp_path):
     main([*TINY, "--output_dir", str(tmp_path), "--max_steps", "8", "--learning_rate", "1e6", "--optim", "sgd", "--max_grad_norm", "0",
           "--lr_scheduler_type", "constant", "--on_nonfinite", "skip"])
-    done = run_python("-m", "tools.generate", tmp_path)
-    assert done.returncode == 2 and "its training has diverged" in done.stderr
+    code, told = as_program("tools.generate", tmp_path)
+    assert code == 2 and "its training has diverged" in told

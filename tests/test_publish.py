@@ -17,7 +17,7 @@ from evalloop import likeliest
 from rundir import checksum
 from state import UsageError
 from tests.hub import Hub
-from tests.toy import arguments, gpt, rows, run_training, sequences
+from tests.toy import arguments, as_program, gpt, rows, run_training, sequences
 from tools.metrics import Accuracy
 from tools.publish import main
 
@@ -260,10 +260,10 @@ NEEDED = ["config.json", "tokenizer_config.json", "model.safetensors.index.json"
 OLD = {"LICENSE": b"text", "model-00001-of-00002.safetensors": b"old", "README.md": b"old"}
 
 
-def child(command: list, url: str, home: Path, **environment) -> subprocess.CompletedProcess:
+def child(command: list, url: str, home: Path) -> subprocess.CompletedProcess:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and not key.lower().endswith("_proxy")}
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, env={
-        **kept, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", **environment})
+        **kept, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"})
 
 
 @pytest.fixture(scope="module")
@@ -323,11 +323,12 @@ def test_what_stands_on_the_hub_is_replaced_only_on_demand(pushed):
     assert files["README.md"] == (folder / "edited" / "README.md").read_bytes() == b"---\nlicense: mit\n---\nmine\n"
 
 
-def test_what_the_hub_refuses_is_one_message_that_says_what_to_do(pushed, tmp_path):
+def test_what_the_hub_refuses_is_one_message_that_says_what_to_do(pushed, monkeypatch):
     folder, hub, results = pushed
     for name, (code, said) in SAID.items():
         found_code, found = results[name]
         assert found_code == code and said in found and bool(said) == bool(found) and "\n" not in found and TOKEN not in found, (name, found)
     assert {name for name in hub.repositories if not name.startswith("me/")} == set()
-    done = child(["-m", "tools.publish", "push", str(folder / "run"), "me/model"], hub.url, tmp_path, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and done.stderr.startswith("error: me/model cannot be reached: HF_HUB_OFFLINE") and done.stderr.count("\n") == 1, done.stderr
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    code, told = as_program("tools.publish", "push", folder / "run", "me/model")       # this process is off line (conftest.py)
+    assert code == 2 and told.startswith("error: me/model cannot be reached: HF_HUB_OFFLINE") and told.count("\n") == 1, told

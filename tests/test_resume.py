@@ -3,8 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from loop import train
 from loss import compute_loss
 from rundir import list_checkpoints
 from state import UsageError
-from tests.toy import Numbers, arguments, flat, gpt, rows, run_training, sequences, timeless, toy_run, weights
+from tests.toy import Numbers, arguments, as_program, files_of_at_most, flat, gpt, rows, run_training, sequences, timeless, toy_run, weights
 from world import rng_state
 
 ROOT = Path(__file__).parent.parent
@@ -282,10 +280,10 @@ def test_a_crash_while_replacing_a_checkpoint_leaves_one_of_the_two(tmp_path):
 
 def test_a_failing_write_is_exit_code_5_and_keeps_the_older_checkpoint(tmp_path):
     """A limit on file sizes stands for a full disk."""
-    command = f"ulimit -f 60; {sys.executable} {ROOT}/train.py --n_layer 1 --n_embd 16 --block_size 16 --max_steps 3 --save_steps 1 " \
-              f"--output_dir {tmp_path}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.returncode == 5 and "cannot write" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    flags = ["--n_layer", "1", "--n_embd", "16", "--block_size", "16", "--max_steps", "3", "--save_steps", "1", "--output_dir", tmp_path]
+    with files_of_at_most(60_000):
+        code, told = as_program("train", *flags)
+    assert code == 5 and "cannot write" in told and "Traceback" not in told, told
     assert list_checkpoints(tmp_path) == []
 
 

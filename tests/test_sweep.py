@@ -32,17 +32,26 @@ def sweep(tmp_path):
     return words
 
 
+def process_that(monkeypatch, folder: Path, does: str) -> None:
+    """Processes of trials become a shell that does this, which takes no seconds to import torch."""
+    (folder / "python").write_text(f"#!/bin/sh\n{does}\n")
+    (folder / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+
+
 def test_a_sweep_that_was_killed_twice_goes_on_and_finds_a_better_rate_than_the_default(sweep, tmp_path, capfd, monkeypatch):
-    """Trial 1 kills all processes of the sweep after its third update, and the next time itself alone. It is not started again, but resumed."""
+    """Trial 1 kills all processes of the sweep after its third update, and the process that should go on with it dies at once. It is not started again, but
+    resumed."""
     command, folder, marker = sweep("--trials", "2", "--workers", "2"), tmp_path / "sweep", tmp_path / "killed"
     monkeypatch.setenv(sweep_task.KILL, str(marker))
     killed = subprocess.run([sys.executable, "-m", "tools.sweep", *command], check=False, start_new_session=True)
     assert killed.returncode == -signal.SIGKILL and marker.exists()
-    command = sweep("--trials", "2")
-    with pytest.raises(SystemExit, match="137"):
-        main(command)
-    assert "trial 1 was stopped, ended by SIGKILL" in capfd.readouterr().err
     monkeypatch.delenv(sweep_task.KILL)
+    command = sweep("--trials", "2")
+    with monkeypatch.context() as context, pytest.raises(SystemExit, match="137"):
+        process_that(context, tmp_path, "kill -KILL $$")
+        main(command)
+    assert "was stopped, ended by SIGKILL" in capfd.readouterr().err
     found = main(command)
 
     assert [(row["trial"], row["state"], row["reason"]) for row in found] == [(0, "complete", ""), (1, "complete", "")]
@@ -205,9 +214,15 @@ def test_the_table_names_the_best_and_why_others_failed_whatever_their_files_and
     assert r"| 4 | fail |  | --name 'a\|b' | exit code 4: oh |" in (tmp_path / "sweep/sweep.md").read_text()
 
 
-def test_a_metric_that_does_not_exist_ends_the_sweep_before_any_training(sweep, tmp_path):
+def test_a_metric_that_does_not_exist_ends_the_sweep_before_any_training(sweep, tmp_path, monkeypatch):
+    """What the process of its trial would raise, and what the sweep makes of a process that ends so."""
     command = sweep("--metric", "accuracy", "--trials", "1")
-    with pytest.raises(UsageError, match="evaluations give eval_loss"):
+    flags, study = open_sweep(command)
+    trial, log = take(flags, study)
+    with log, pytest.raises(UsageError, match="evaluations give eval_loss") as error:
+        train_trial(flags.folder, "0", *flags.about["flags"], *suggested_words(flags.suggest, trial))
+    assert error.value.exit_code == 2 and not rows(tmp_path / "sweep/trial-0")
+    process_that(monkeypatch, tmp_path, "echo 'error: evaluations give eval_loss'; exit 2")
+    with pytest.raises(UsageError, match="trial 0 was refused, and none has worked yet: evaluations give eval_loss"):
         main(command)
-    assert not rows(tmp_path / "sweep/trial-0")
     assert [trial.state.name for trial in open_sweep(command)[1].trials] == ["RUNNING"]       # and is neither failed nor lost

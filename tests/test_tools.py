@@ -1,16 +1,13 @@
 """Tools that people run by hand give the right answer, and say so by their exit code."""
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from checkpoint import Saver
 from model import GPT
 from state import UsageError
-from tests.toy import arguments, gpt, run_training, sequences, toy_run
+from tests.toy import arguments, as_program, gpt, run_training, sequences, toy_run
 from tools.inspect import main as inspect
 from tools.strategies import BOUNDS, Case, run_case, show
 
@@ -114,6 +111,5 @@ def test_inspect_names_a_damaged_file_and_ends_with_exit_code_3(tmp_path):
         with pytest.raises(UsageError, match=r"checkpoint-2/ema-0.safetensors cannot be used: its content is not what was saved") as error:
             inspect(list(map(str, paths)))
         assert error.value.exit_code == 3
-    command = [sys.executable, "-m", "tools.inspect", path.parent]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 3 and done.stderr.startswith("error: ") and "ema-0.safetensors" in done.stderr
+    code, told = as_program("tools.inspect", path.parent)
+    assert code == 3 and told.startswith("error: ") and "ema-0.safetensors" in told

@@ -2,8 +2,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import resource
+import runpy
+import sys
+import warnings
 
 import numpy as np
 import torch
@@ -40,6 +45,31 @@ def sequences(n: int, seed: int = 0) -> list[dict]:
         labels[2 + (5 * i + seed) % (LENGTH - 1):] = -100
         samples.append({"input_ids": ids[:-1], "labels": labels})
     return samples
+
+
+def as_program(module: str, *words) -> tuple[int, str]:
+    """(exit code, standard error) of `python -m module words`, run in this process, which has imported torch already."""
+    argv, sys.argv = sys.argv, [module, *map(str, words)]
+    with contextlib.redirect_stderr(io.StringIO()) as said, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)     # that it has been imported before
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as ended:
+            return ended.code, said.getvalue()
+        finally:
+            sys.argv = argv
+    return 0, said.getvalue()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """As on a full disk: a write beyond so many bytes fails in the middle."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)       # Python ignores the signal that comes with it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 class Numbers:
