@@ -125,6 +125,7 @@ class TrainArgs:
                                                          " (default: model.blocks, or what a transformers model names)")
     cpu_offload: bool = arg(False, "keep the optimizer's state on the CPU and update there; with fsdp and hsdp weights and gradients too")
     cp: int = arg(1, "context parallel: ranks that share the sequences of a micro-batch, each with a part of every one (parallel/context.py)", 1, 100_000)
+    tp: int = arg(1, "tensor parallel: ranks that share the layers, each with a part of every weight (parallel/tensor.py); ddp, fsdp", 1, 100_000)
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
     ddp_find_unused_parameters: bool = arg(True, "ddp, zero1, zero2: allow parameters that the loss does not use; False: an error names them")
     ddp_timeout: int = arg(1800, "seconds that a rank waits for the others before it gives up", 1, 10**9)

@@ -201,20 +201,20 @@ class CheckReplicas(Callback):
 
     def __init__(self, world: World, steps: int):
         self.world, self.steps = world, steps
-        mesh = world.device_mesh        # under fsdp each rank holds something else, under hsdp as many as there are groups the same
-        self.shard = 0 if mesh is None else mesh.get_local_rank("shard")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.steps:
             return
-        total = torch.zeros((), dtype=torch.int64)
+        total = place = torch.zeros((), dtype=torch.int64)      # place: of this rank's parts, where weights are split
         for p in model.parameters():
-            for part in plain(local_part(p)[0]):
+            local, start = local_part(p)
+            place = place * 31 + start
+            for part in plain(local):
                 bits = part.contiguous().view(-1).view(torch.uint8 if part.element_size() % 4 else torch.int32)
                 total = total * 31 + bits.sum().cpu()      # overflows as it likes
-        found = [tuple(pair) for pair in self.world.gather(torch.stack([torch.tensor(self.shard), total])).tolist()]
-        for rank, (shard, value) in enumerate(found):
-            common = Counter(v for s, v in found if s == shard).most_common(1)[0][0]
+        found = [tuple(pair) for pair in self.world.gather(torch.stack([place, total])).tolist()]
+        for rank, (part, value) in enumerate(found):
+            common = Counter(v for p, v in found if p == part).most_common(1)[0][0]
             if value != common:
                 raise UsageError(f"update {state.global_step}: rank {rank} holds other weights than the ranks it should equal; resume from a "
                                  f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
