@@ -205,29 +205,33 @@ class EarlyStoppingCallback(Callback):
 
 
 class CheckReplicas(Callback):
-    """Every `steps` updates: that ranks which should hold the same weights do, by a checksum of their bits. A rank that differs, by
+    """Every `steps` updates: that ranks which should hold the same parts of weights do, by a checksum of their bits. A rank that differs, by
     a fault of its memory or by code that only some ranks run, ends the run on all of them (UsageError, exit code 4)."""
 
     def __init__(self, world: World, steps: int):
         self.world, self.steps = world, steps
-        mesh = world.device_mesh        # under fsdp each rank holds something else, under hsdp as many as there are groups the same
-        self.shard = 0 if mesh is None else mesh.get_local_rank("shard")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.steps:
             return
-        totals = torch.zeros(2, dtype=torch.int64)     # of what all ranks hold, and of what those of one shard hold
-        for p in model.parameters():
-            for part in plain(local_part(p)[0]):
-                bits = part.contiguous().view(-1).view(torch.uint8 if part.element_size() % 4 else torch.int32)
-                kind = int(hasattr(p, "to_local"))
-                totals[kind] = totals[kind] * 31 + bits.sum().cpu()      # overflows as it likes
-        found = self.world.gather(torch.tensor([self.shard, *totals])).tolist()
-        for rank, (shard, alike, own) in enumerate(found):
-            among = Counter(a for _, a, _ in found), Counter(o for s, _, o in found if s == shard)
-            if [alike, own] != [values.most_common(1)[0][0] for values in among]:
-                raise UsageError(f"update {state.global_step}: rank {rank} holds other weights than the ranks it should equal; resume from a "
-                                 f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
+        parts = {name: local_part(p) for name, p in model.named_parameters()}
+        found = self.world.gather(torch.tensor([[start, checksum(local)] for local, start in parts.values()])).tolist()
+        for name, held in zip(parts, zip(*found)):      # (start, checksum) on each rank
+            usual: dict[int, int] = {}
+            for (start, value), _ in Counter(map(tuple, held)).most_common():
+                usual.setdefault(start, value)
+            for rank, (start, value) in enumerate(held):
+                if value != usual[start]:
+                    raise UsageError(f"update {state.global_step}: rank {rank} holds another {name} than the ranks it should equal; resume from a "
+                                     f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
+
+
+def checksum(weight: torch.Tensor) -> int:
+    total = torch.zeros((), dtype=torch.int64)
+    for part in plain(weight):
+        bits = part.contiguous().view(-1).view(torch.uint8 if part.element_size() % 4 else torch.int32)
+        total = total * 31 + bits.sum().cpu()      # overflows as it likes
+    return total.item()
 
 
 class ProfileCallback(Callback):

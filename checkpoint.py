@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 from adapters import adapter_weights, lora_of
 from args import changed_args
-from distributed import local_part
+from distributed import filling, local_part
 from rundir import FORMAT, checksum, find_damage, remove, rotate, write_status
 from schedules import Plateau
 from state import Run, TrainState, UsageError
@@ -478,8 +478,8 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
         left = {tensor for key, tensor in weights.items() if wanted[key] != found.get(key)}
         for key, tensor in weights.items():
             if tensor not in left:
-                local, start = local_part(tensor)
-                files.fill(key, start, local)
+                with filling(tensor) as (local, start):
+                    files.fill(key, start, local)
     return left, problems
 
 

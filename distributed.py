@@ -36,16 +36,21 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
                          f"hosts share, or --strategy ddp, or hsdp with groups within a host")
     if args.cpu_offload and world.world_size == 1:
         raise UsageError("--cpu_offload moves a rank's part of the optimizer, and one process has no part: use several ranks, or leave it away")
+    sharded, data_parallel = FullySharded, DataParallel
+    if args.tp > 1:
+        from parallel.tensor import ReplicatedParts, ShardedParts, split_layers
+        sharded, data_parallel = ShardedParts, ReplicatedParts
+        split_layers(model, args, world)
     if args.cp > 1:
         from parallel.context import split_sequences
         split_sequences(model, args, world)
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
-        return FullySharded(model, args, world)
+        return sharded(model, args, world)
     if args.ep > 1:
         from parallel.experts import ExpertParallel
         return ExpertParallel(model, args, world)
     model.to(world.device)
-    return Parallel(model, world) if world.world_size == 1 else DataParallel(model, args, world)
+    return Parallel(model, world) if world.world_size == 1 else data_parallel(model, args, world)
 
 
 def clip_grads(parallel: Parallel, max_norm: float) -> Tensor:
@@ -65,9 +70,22 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     """The plain tensor that this rank holds of a weight of the model, and its first element in the flattened whole."""
     if not hasattr(tensor, "to_local"):     # no DTensor
         return tensor.detach(), 0
+    if "tp" in tensor.device_mesh.mesh_dim_names:
+        from parallel.tensor import local_rows
+        return local_rows(tensor.detach())
     rows, ranks = tensor.shape[0], tensor.device_mesh["shard"].size()
     first = min(rows, tensor.device_mesh.get_local_rank("shard") * -(-rows // ranks))      # rows are cut as torch.chunk does
     return tensor.detach().to_local(), first * (tensor.numel() // max(rows, 1))
+
+
+@contextlib.contextmanager
+def filling(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """`local_part`, to be written into."""
+    local, start = local_part(tensor)
+    yield local, start
+    if hasattr(tensor, "to_local") and "tp" in tensor.device_mesh.mesh_dim_names:      # it may be a copy
+        from parallel.tensor import put_rows
+        put_rows(tensor.detach(), local)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -84,13 +102,14 @@ class FullySharded(Parallel):
         units = find_units(model, args.fsdp_transformer_layer_cls_to_wrap)
         check_shardable(model, units, args, world.device_mesh["shard"].size())
         on_meta = any(p.is_meta for p in model.parameters())
-        if not on_meta:
+        if not on_meta and args.tp == 1:
             for p in model.parameters():
                 if len(plain(p)) == 1:
                     p.data = p.data.contiguous()
             share([*model.parameters(), *model.buffers()])
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        options = {"mesh": world.device_mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
+        mesh = world.device_mesh if args.strategy == "hsdp" else world.device_mesh["shard"]
+        options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
                    "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if args.cpu_offload else OffloadPolicy()}
         for unit in units:
             fully_shard(unit, reshard_after_forward=args.reshard_after_forward, **options)
@@ -100,7 +119,7 @@ class FullySharded(Parallel):
             materialize(model, torch.device("cpu") if args.cpu_offload else world.device)
         super().__init__(model, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
         self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
-        self.saves = args.save_on_each_node or world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
+        self.saves = args.save_on_each_node or args.strategy == "fsdp" or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
         self.units = [(name, unit) for name, unit in model.named_modules() if hasattr(unit, "reshard")]
         for name, unit in self.units:
@@ -111,7 +130,7 @@ class FullySharded(Parallel):
         def attach(*_) -> None:
             handle.remove()
             for name, p in unit.named_parameters(unit_name):
-                if name in self.trained and not hasattr(p, "to_local"):
+                if name in self.trained and p is not self.trained[name]:
                     p.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
         handle = unit.register_forward_pre_hook(attach)
 
@@ -254,7 +273,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
         module.reset_parameters()
         for key, p in sharded.items():
             if p not in filled:     # tied weights keep the first draw, as a module that is given another's weight has it
-                local, start = local_part(p)
-                local.copy_(module.get_parameter(key).detach().flatten()[start:start + local.numel()].view(local.shape))
+                with filling(p) as (local, start):
+                    local.copy_(module.get_parameter(key).detach().flatten()[start:start + local.numel()].view(local.shape))
             module.register_parameter(key, p)
             filled.add(p)

@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.out = Linear(n_embd, n_embd, zero=True)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)      # each (B, H, T, D)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).permute(3, 0, 2, 1, 4)      # each (B, H, T, D)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(self, torch.stack([k, v]))                                  # of all columns of the mask
@@ -116,6 +116,7 @@ class GPT(nn.Module):
     attention_mask is what padding collators give; padding at the right needs none here, since no token looks ahead."""
 
     uncalled = ("head",)    # its weight is used without calling it, so it can have no adapter
+    head_loss = staticmethod(head_cross_entropy)    # parallel/tensor.py puts another in its place
 
     def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0, label_smoothing: float = 0.0,
                  experts: Callable[[int], nn.Module] | None = None):
@@ -144,7 +145,7 @@ class GPT(nn.Module):
         x = self.norm(x)
         if labels is None:
             return self.head(x)                                                             # (B, T, V)
-        return head_cross_entropy(x, self.head.weight, labels, self.label_smoothing)        # ()
+        return self.head_loss(x, self.head.weight, labels, self.label_smoothing)        # ()
 
 
 def build_model(args: TrainArgs) -> GPT:

@@ -21,7 +21,7 @@ from state import UsageError
 from storage import PLAIN_NAME, describe_file, read_json, reading, replace_json, show
 from world import World
 
-FORMAT = 5     # of the folder, in its manifest
+FORMAT = 6     # of the folder, in its manifest; up to 5 the built-in model had the rows of qkv.weight in another order
 LOCK_WAIT_S = 5                 # for a run that was killed a moment ago to be gone
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 

@@ -198,7 +198,7 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
     print0(world, f"data: {about}\n"
            f"samples: {count(train_loader)}, held out: {count(eval_loader)}\n"
            f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.data_ranks:,} samples = "
-           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.data_ranks}{f' x cp {args.cp}' * (args.cp > 1)}{f', {args.strategy}' * (world.world_size > 1)}\n"
+           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.data_ranks}{f' x cp {args.cp}' * (args.cp > 1)}{f' x tp {args.tp}' * (args.tp > 1)}{f', {args.strategy}' * (world.world_size > 1)}\n"
            f"model: {parameters:,} trainable parameters on {world.device}, "
            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} per rank")
 

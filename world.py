@@ -45,11 +45,11 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
-    device_mesh: DeviceMesh | None = None    # fsdp: ("shard",) over all ranks; hsdp and --ep: ("replicate", "shard")
+    device_mesh: DeviceMesh | None = None    # fsdp: ("shard",) over all ranks; hsdp, --ep: ("replicate", "shard"); --tp: ("shard", "tp")
     local_world_size: int = 1
     node: int = 0                            # number of the host
     writes: bool = True                      # into output_dir what all ranks hold: rank 0, with --save_on_each_node one rank of each host
-    copies: int = 1                          # neighbouring ranks that read the same samples (--cp)
+    copies: int = 1                          # neighbouring ranks that read the same samples (--cp, --tp)
     groups: dict = field(default_factory=dict)      # of model parallelism: by flag the process group that this rank is in
     stop: dict = field(default_factory=lambda: {"code": 0, "asked": None})     # this rank's exit code to stop with; whether some rank had one at the last `count`
     status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None, "started": time.time()})
@@ -189,10 +189,10 @@ def open_world(args) -> Iterator[World]:
     with contextlib.ExitStack() as on_exit, joined(args, rank, world_size, cuda):
         world = World(rank, local_rank, world_size, device, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
                       node=int(os.environ.get("GROUP_RANK", "0")), writes=rank == 0 or args.save_on_each_node and local_rank == 0, on_exit=on_exit,
-                      memory=Memory(device, not args.skip_memory_metrics), copies=args.cp)
+                      memory=Memory(device, not args.skip_memory_metrics), copies=args.cp * args.tp)
         check_same_start(world, args)
         groups = open_groups(args, rank, world_size)
-        yield dataclasses.replace(world, groups=groups, device_mesh=open_mesh(args, rank, world_size, device) if world_size > 1 else None)
+        yield dataclasses.replace(world, groups=groups, device_mesh=open_mesh(args, rank, world_size, device, groups) if world_size > 1 else None)
 
 
 @contextlib.contextmanager
@@ -230,11 +230,15 @@ def check_same_start(world: World, args) -> None:
 
 
 def open_groups(args, rank: int, world_size: int) -> dict[str, dist.ProcessGroup]:
-    """The groups of model parallelism that this rank is in. Ranks are laid out dp x cp: those that talk most are neighbours."""
-    if world_size % args.cp:
-        raise UsageError(f"--cp {args.cp} makes groups of {args.cp} ranks, and there are {world_size}: start a multiple of {args.cp} with torchrun, or leave it away")
-    grid = torch.arange(world_size).view(-1, args.cp)
-    return {"cp": open_group(args, rank, grid)} if args.cp > 1 else {}
+    """The groups of model parallelism that this rank is in; data: those at its place in others. Ranks are laid out dp x cp x tp: those that
+    talk most are neighbours."""
+    if world_size % (args.cp * args.tp):
+        given = " ".join(f"--{name} {getattr(args, name)}" for name in ("cp", "tp") if getattr(args, name) > 1)
+        raise UsageError(f"{given} makes groups of {args.cp * args.tp} ranks, and there are {world_size}: let torchrun start a multiple of that")
+    grid = torch.arange(world_size).view(-1, args.cp, args.tp)
+    kinds = {"tp": grid, "data": grid.flatten(0, 1).T} if args.tp > 1 else {}      # first: a process may open several worlds, and DTensor
+    kinds |= {"cp": grid.mT} if args.cp > 1 else {}                                 # remembers the names of groups, which are their numbers
+    return {name: open_group(args, rank, ranks.flatten(0, -2)) for name, ranks in kinds.items()}
 
 
 def open_group(args, rank: int, groups: Tensor) -> dist.ProcessGroup:
@@ -243,11 +247,15 @@ def open_group(args, rank: int, groups: Tensor) -> dist.ProcessGroup:
     return next(group for ranks, group in opened_here.items() if rank in ranks)
 
 
-def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceMesh | None:
+def open_mesh(args, rank: int, world_size: int, device: torch.device, groups: dict) -> DeviceMesh | None:
     """The grid of ranks that fsdp and hsdp shard over: hsdp shards among --hsdp_shard_size neighbours and replicates those; so does --ep."""
-    size = args.ep if args.ep > 1 else args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if args.tp > 1:
+        from torch.distributed.device_mesh import DeviceMesh
+        grid = torch.arange(world_size).view(-1, args.tp)
+        return DeviceMesh.from_group([groups["data"], groups["tp"]], device.type, mesh=grid, mesh_dim_names=("shard", "tp"))
     if world_size % args.ep:
         raise UsageError(f"--ep {args.ep} shares experts out among {args.ep} ranks, and there are {world_size}: start a multiple of that with torchrun")
+    size = args.ep if args.ep > 1 else args.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if args.strategy == "hsdp" and (world_size % size or size in (1, world_size)):
         sizes = [str(n) for n in range(2, world_size // 2 + 1) if world_size % n == 0]
         raise UsageError(f"--strategy hsdp splits {world_size} ranks into groups of --hsdp_shard_size={size} (by default all ranks of a host), "
@@ -258,7 +266,8 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device) -> DeviceM
     if args.strategy == "fsdp":
         return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
     grid = torch.arange(world_size).view(-1, size)
-    return DeviceMesh.from_group([open_group(args, rank, groups) for groups in (grid.T, grid)], device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
+    mine = [open_group(args, rank, groups) for groups in (grid.T, grid)]
+    return DeviceMesh.from_group(mine, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
 ROLL_CALL_S = 3     # after a failure: how long ranks may take to say what they know

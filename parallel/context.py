@@ -22,15 +22,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from args import TrainArgs
 from collators import IGNORE
 from model import GPT, Attention
 from state import UsageError
 from world import World
 
 REFUSED = {     # flags by which the model would be called for something else than its loss, or would look at whole sequences
-    "torch_compile": "does not see through the exchange between ranks",
+    "torch_compile": "does not see through exchanges between ranks",
     "neftune_noise_alpha": "scales its noise by the length of a sequence, of which a rank has a part",
-    "do_predict": "needs the outputs for whole sequences, so predict with a checkpoint, in a start without --cp",
+    "do_predict": "needs outputs that no rank has whole, so predict with a checkpoint, in a start without this",
     "sample_prompt": "lets the model write token by token, as python -m tools.generate does with a checkpoint"}
 
 
@@ -39,20 +40,18 @@ def split_sequences(model: nn.Module, args, world: World) -> None:
     the summed loss of T / N tokens. Raises UsageError for what cannot be split."""
     refuse(model, args)
     group = world.groups["cp"]
-    model.register_forward_pre_hook(partial(begin, group=group), with_kwargs=True)
-    model.embed.register_forward_pre_hook(lambda embed, inputs: piece(inputs[0], group))
+    model.register_forward_pre_hook(partial(begin, group=group, multiple=world.copies), with_kwargs=True)
+    model.embed.register_forward_pre_hook(lambda embed, inputs: piece(inputs[0], group), prepend=True)      # to come before those of --tp
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        attention.qkv.register_forward_hook(lambda qkv, inputs, output, D=attention.head_dim: to_heads(output, D, group))
-        attention.out.register_forward_pre_hook(lambda out, inputs: to_pieces(inputs[0], group))
+        attention.qkv.register_forward_hook(lambda qkv, inputs, output: to_heads(output, group))
+        attention.out.register_forward_pre_hook(lambda out, inputs: to_pieces(inputs[0], group), prepend=True)
 
 
 def refuse(model: nn.Module, args) -> None:
     if not isinstance(model, GPT):
         raise UsageError(f"--cp splits the sequences of the built-in GPT of model.py, and this is a {type(model).__name__}: "
                          f"use --strategy fsdp and --activation_checkpointing, or hook its attention as parallel/context.py does")
-    for name, reason in REFUSED.items():
-        if getattr(args, name):
-            raise UsageError(f"--cp {args.cp} and --{name} do not go together: it {reason}. Leave one of them away")
+    refuse_flags(args, "cp", REFUSED)
     heads = model.blocks[0].attn.out.in_features // model.blocks[0].attn.head_dim
     if heads % args.cp:
         fit = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
@@ -60,18 +59,30 @@ def refuse(model: nn.Module, args) -> None:
                          f"{f'give {fit}, or ' if fit else ''}another --n_head")
 
 
-def begin(model: nn.Module, args: tuple, kwargs: dict, group: dist.ProcessGroup) -> tuple[tuple, dict]:
-    """Before the model's forward: the whole batch, padded to a multiple of N with tokens that nobody looks at, and this rank's labels."""
+def refuse_flags(args, ours: str, reasons: dict[str, str]) -> None:
+    for name, reason in reasons.items():
+        if getattr(args, name) != getattr(TrainArgs, name):
+            raise UsageError(f"--{ours} {getattr(args, ours)} and --{name} do not go together: it {reason}. Leave one of them away")
+
+
+def begin(model: nn.Module, args: tuple, kwargs: dict, group: dist.ProcessGroup, multiple: int) -> tuple[tuple, dict]:
+    """Before the model's forward: all of the batch, but of the labels this rank's piece."""
+    _, given = agree(model, args, kwargs, group, multiple)
+    return (), {**given, "labels": piece(given["labels"], group)}
+
+
+def agree(model: nn.Module, args: tuple, kwargs: dict, group: dist.ProcessGroup, multiple: int) -> tuple[tuple, dict]:
+    """What a model is called with on the first rank of a group, on all of them, padded to a multiple with tokens that nobody looks at."""
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     if given.get("labels") is None or given.get("cache") is not None:
-        raise UsageError("with --cp a rank has a part of each sequence, so the model gives its summed loss and no logits: leave away what asks for "
-                         "them (compute_metrics, a loss of logits, generation), or do it with a checkpoint and without --cp")
-    missing = -given["input_ids"].shape[1] % group.size()
+        raise UsageError("with --cp and --tp the model gives this rank's part of the summed loss and no logits: leave away what asks for them "
+                         "(compute_metrics, a loss of logits, generation), or do it with a checkpoint, in a start without these")
+    missing = -given["input_ids"].shape[1] % multiple
     for name, fill in (("input_ids", 0), ("labels", IGNORE), ("position_ids", 0)):      # 0: a document of its own
         if given.get(name) is not None:
             given[name] = F.pad(given[name], (0, missing), value=fill)
             dist.broadcast(given[name], group=group, group_src=0)       # a data set may draw with generators that differ over ranks
-    return (), {**given, "labels": piece(given["labels"], group)}
+    return (), given
 
 
 def piece(sequences: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -79,10 +90,10 @@ def piece(sequences: Tensor, group: dist.ProcessGroup) -> Tensor:
     return sequences.chunk(group.size(), dim=1)[group.rank()].contiguous()
 
 
-def to_heads(qkv: Tensor, D: int, group: dist.ProcessGroup) -> Tensor:
-    """All of a piece of the sequence -> some heads of the whole: (B, T/N, 3 H D) -> (B, T, 3 H/N D)."""
-    heads = qkv.unflatten(-1, (3, group.size(), -1, D))             # (B, T/N, 3, N, H/N, D)
-    return Swap.apply(heads.movedim(3, 0), group).movedim(0, 1).flatten(1, 2).flatten(2)
+def to_heads(qkv: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All heads of a piece of the sequence -> some heads of the whole: (B, T/N, H 3 D) -> (B, T, H/N 3 D)."""
+    heads = qkv.unflatten(-1, (group.size(), -1))                   # (B, T/N, N, H/N 3 D)
+    return Swap.apply(heads.movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
 
 def to_pieces(y: Tensor, group: dist.ProcessGroup) -> Tensor:

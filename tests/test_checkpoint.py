@@ -373,7 +373,7 @@ def test_a_checkpoint_of_another_version_is_neither_skipped_nor_replaced(tmp_pat
     manifest = json.loads((tmp_path / "checkpoint-6" / "manifest.json").read_text())
     manifest["format"] += 1
     (tmp_path / "checkpoint-6" / "manifest.json").write_text(json.dumps({**manifest, "sha256": checksum(manifest)}))
-    with pytest.raises(UsageError, match="checkpoint-6: its format is 6, and this program knows 5") as error:
+    with pytest.raises(UsageError, match="checkpoint-6: its format is 7, and this program knows 6") as error:
         run_training(arguments(tmp_path, **SAVING, resume_from_checkpoint="auto"))
     assert error.value.exit_code == 3 and list_checkpoints(tmp_path) == [6, 4, 2]
 

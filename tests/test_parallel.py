@@ -1,16 +1,22 @@
 """Context and tensor parallelism are the same training: the weights and losses of one process."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import parallel.tensor
+from callbacks import Callback
+from distributed import build_on, parallelize, whole
 from loop import train
-from loss import compute_loss
+from loss import compute_loss, head_cross_entropy
 from model import GPT
 from state import UsageError
 from tests.test_strategies import call, close, held_state, join
 from tests.toy import VOCAB, arguments, rows, toy_run, weights
-from world import set_seed
+from world import open_world, set_seed
 
 SAMPLES = 21        # in windows of 8: the last one of a pass has five, so that some data ranks have only filler
 LENGTH = 10         # of a sequence; 4 does not divide it
@@ -45,9 +51,10 @@ def settings(output_dir, data_ranks: int, **changes):
 
 def finish(output_dir, world_size: int, dtype: torch.dtype = torch.float64, packed: bool = False, **changes):
     """Weights at the end, all losses of training and evaluation, and what was counted."""
-    data_ranks = world_size // changes.get("cp", 1)
+    data_ranks = world_size // changes.get("cp", 1) // changes.get("tp", 1)
     args = settings(output_dir, data_ranks, **changes)
-    with toy_run(args, model=heads4(dtype), train_set=texts(SAMPLES, packed=packed), eval_set=texts(5, seed=1, packed=packed)) as (run, train_loader, eval_loader):
+    data = {"train_set": texts(SAMPLES, packed=packed), "eval_set": texts(5, seed=1, packed=packed)}
+    with toy_run(args, model=heads4(dtype), **data) as (run, train_loader, eval_loader):
         train(run, train_loader, eval_loader, compute_loss)
         state = run.state
         logged = [row[key] for row in rows(output_dir) for key in ("loss", "grad_norm", "eval_loss") if key in row]
@@ -67,11 +74,91 @@ def one(tmp_path_factory):
 CP = [(2, {"cp": 2}), (4, {"cp": 4, "packed": True}), (4, {"cp": 2}), (4, {"cp": 2, "packed": True, "strategy": "hsdp", "hsdp_shard_size": 2}),
       (2, {"cp": 2, "strategy": "zero2"}), (2, {"cp": 2, "strategy": "fsdp", "activation_checkpointing": True})]
 
+TP = [(2, {"tp": 2}), (2, {"tp": 2, "strategy": "fsdp", "packed": True}), (4, {"tp": 2}), (4, {"tp": 2, "strategy": "fsdp"}),
+      (4, {"tp": 2, "cp": 2, "packed": True})]
+
+
+@pytest.mark.parametrize("world_size, changes", TP)
+def test_layers_that_ranks_share_are_trained_as_by_one_process(ranks, one, tmp_path, world_size, changes):
+    for got in on_ranks(ranks, finish, tmp_path, world_size=world_size, **changes):
+        close(got, one(changes.get("packed", False)))
+
 
 @pytest.mark.parametrize("world_size, changes", CP)
 def test_sequences_that_ranks_share_are_trained_as_by_one_process(ranks, one, tmp_path, world_size, changes):
     for got in on_ranks(ranks, finish, tmp_path, world_size=world_size, **changes):
         close(got, one(changes.get("packed", False)))
+
+
+def from_meta(output_dir, world_size: int, **changes):
+    """Initial weights, and the bytes that this rank holds of them."""
+    args = settings(output_dir, 1, **changes)
+    with open_world(args) as world:
+        set_seed(3)
+        model = build_on(world, partial(GPT, VOCAB, LENGTH, 2, 4, 24), True)
+        on_meta = all(p.is_meta for p in model.parameters())
+        parallelize(model, args, world)
+        return {name: whole(p).numpy() for name, p in model.named_parameters()}, sum(p.to_local().nbytes for p in model.parameters()), on_meta
+
+
+@pytest.mark.parametrize("world_size, changes", [(2, {"tp": 2}), (4, {"tp": 2, "strategy": "fsdp"})])
+def test_a_model_that_is_cut_starts_with_the_weights_of_one_process_and_no_rank_holds_it_whole(ranks, tmp_path, world_size, changes):
+    set_seed(3)
+    expected = dict(GPT(VOCAB, LENGTH, 2, 4, 24).named_parameters())
+    for got, held, on_meta in on_ranks(ranks, from_meta, tmp_path, world_size=world_size, **changes):
+        assert on_meta and held < 1.1 * sum(p.nbytes for p in expected.values()) / world_size
+        assert got.keys() == expected.keys() and all((got[name] == p.detach().numpy()).all() for name, p in expected.items())
+
+
+def hidden_head_labels() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64), torch.randn(VOCAB, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCAB, (3, 4), generator=generator)
+    labels[0, 1:3] = -100
+    return hidden, head, labels
+
+
+def split_loss(world_size: int, size: int):
+    """The loss and its gradients from a head that ranks share, with at most `size` logits at a time, as whole tensors."""
+    kept, parallel.tensor.CHUNK_ELEMENTS = parallel.tensor.CHUNK_ELEMENTS, size
+    try:
+        with open_world(arguments("unused", tp=world_size)) as world:
+            mesh, (hidden, head, labels) = world.device_mesh["tp"], hidden_head_labels()
+            tokens = hidden.chunk(world_size, dim=1)[world.rank].clone().requires_grad_()
+            weight = nn.Parameter(distribute_tensor(head, mesh, [Shard(0)], src_data_rank=None))
+            loss = parallel.tensor.split_head_loss(tokens, weight, labels, 0.1, mesh, VOCAB)
+            (loss * world_size).backward()
+            return float(world.add(loss.detach())), torch.cat([*world.gather(tokens.grad)], dim=1).numpy(), whole(weight.grad).numpy()
+    finally:
+        parallel.tensor.CHUNK_ELEMENTS = kept
+
+
+@pytest.mark.parametrize("size", [2**23, 30])
+def test_the_loss_of_a_vocabulary_that_ranks_share_is_that_of_a_whole_one(ranks, size):
+    """17 words on 2 ranks, smoothed labels; 30: three tokens at a time."""
+    hidden, head, labels = hidden_head_labels()
+    loss = head_cross_entropy(hidden.requires_grad_(), head.requires_grad_(), labels, 0.1)
+    loss.backward()
+    for got in ranks.run(2, split_loss, 2, size):
+        for value, expected in zip(got, (loss.item(), hidden.grad, head.grad)):
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-13)
+
+
+def overflowing(output_dir, world_size: int, **changes):
+    """What fp16 makes of a loss scale that is far too large: the scales after each update, and how many were skipped."""
+    scales = []
+    args = settings(output_dir, 1, fp16=True, optim="sgd", eval_strategy="no", max_steps=4, **changes)
+    with toy_run(args, model=heads4(torch.float32), train_set=texts(SAMPLES)) as (run, loader, _):
+        run.precision.load_state_dict({**run.precision.state_dict(), "scale": 2.0**21})
+        run.callbacks.callbacks.append(type("Scales", (Callback,), {"on_step_end": lambda *_, **__: scales.append(run.precision.scaler.get_scale())})())
+        train(run, loader, None, compute_loss)
+        return scales, run.state.skipped_steps
+
+
+def test_ranks_that_share_layers_agree_on_the_loss_scale(ranks, tmp_path):
+    expected = overflowing(tmp_path / "one", 1)
+    assert 0 < expected[1] < 4
+    assert on_ranks(ranks, overflowing, tmp_path / "tp", world_size=2, tp=2) == [expected, expected]
 
 
 class Noisy:
@@ -100,8 +187,8 @@ def test_ranks_that_share_a_sequence_see_the_same_one_even_if_the_data_set_draws
 
 def saved(output_dir, world_size: int, resume=None, **changes):
     """Everything that a checkpoint keeps, after loading and at the end: weights and moments by name, of this rank's parts."""
-    args = settings(output_dir, world_size // changes.get("cp", 1), **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9,
-                                                                       "resume_from_checkpoint": resume, "eval_strategy": "no", **changes})
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "resume_from_checkpoint": resume, "eval_strategy": "no"}
+    args = settings(output_dir, world_size // changes.get("cp", 1) // changes.get("tp", 1), **{**saving, **changes})
     with toy_run(args, model=heads4(), train_set=texts(SAMPLES)) as (run, loader, _):
         loaded = held_state(run)
         train(run, loader, None, compute_loss)
@@ -113,7 +200,7 @@ def whole_states(results) -> tuple[dict, dict]:
     return join([result[0] for result in results]), join([result[1] for result in results])
 
 
-RESUMED = [{"cp": 2, "dropout": 0.1, "strategy": "zero2"}, {"cp": 2, "dropout": 0.1, "strategy": "fsdp"}]
+RESUMED = [{"cp": 2, "dropout": 0.1, "strategy": "zero2"}, {"cp": 2, "dropout": 0.1, "strategy": "fsdp"}, {"tp": 2, "dropout": 0.1}]
 
 
 @pytest.mark.parametrize("changes", RESUMED)
@@ -124,12 +211,12 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(ranks, tmp
     assert all((end[key] == expected[key]).all() for key in expected)
 
 
-@pytest.mark.parametrize("changes", [{"cp": 2, "strategy": "zero1"}])
-def test_a_checkpoint_of_one_process_goes_on_here_and_the_other_way_round(ranks, tmp_path, changes):
+@pytest.mark.parametrize("world_size, changes", [(2, {"cp": 2, "strategy": "zero1"}), (2, {"tp": 2}), (4, {"tp": 2, "strategy": "fsdp"})])
+def test_a_checkpoint_of_one_process_goes_on_here_and_the_other_way_round(ranks, tmp_path, world_size, changes):
     """Loaded weights, moments and averages are bit-equal; the end is that of a run that was not cut."""
     def run(name: str, alone: bool, resume=None) -> tuple[dict, dict]:
-        args = tmp_path / name, 1 if alone else 2, resume
-        return whole_states([saved(*args)] if alone else ranks.run(2, call, saved, args, changes))
+        args = tmp_path / name, 1 if alone else world_size, resume
+        return whole_states([saved(*args)] if alone else ranks.run(world_size, call, saved, args, changes))
     _, expected = run("one", True)
     run("many", False)
     for source in ("one", "many"):
@@ -155,8 +242,12 @@ def refused(output_dir, world_size: int, foreign: bool = False, metric: bool = F
     ({"cp": 2, "foreign": True}, "the built-in GPT of model.py, and this is a Sequential: use --strategy fsdp"),
     ({"cp": 2, "n_head": 3}, "--cp 2 does not divide the 3 attention heads, of which each rank takes as many: give 3, or another --n_head"),
     ({"cp": 2, "torch_compile": True}, "--cp 2 and --torch_compile do not go together"), ({"cp": 2, "neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
-    ({"cp": 2, "do_predict": True, "do_train": True}, "in a start without --cp"), ({"cp": 2, "sample_prompt": "a"}, "tools.generate"),
-    ({"cp": 2, "metric": True}, "gives its summed loss and no logits"), ({"cp": 3}, "--cp 3 makes groups of 3 ranks, and there are 2")])
+    ({"cp": 2, "do_predict": True, "do_train": True}, "in a start without this"), ({"cp": 2, "sample_prompt": "a"}, "tools.generate"),
+    ({"cp": 2, "metric": True}, "part of the summed loss and no logits"), ({"cp": 3}, "--cp 3 makes groups of 3 ranks, and there are 2"),
+    ({"tp": 2, "foreign": True}, "the built-in GPT of model.py, and this is a Sequential: use --strategy fsdp"),
+    ({"tp": 2, "n_head": 3}, "--tp 2 does not divide the 3 attention heads"), ({"tp": 2, "strategy": "zero1"}, "use fsdp, which splits all that zero1 does"),
+    ({"tp": 2, "optim": "muon"}, "looks at whole matrices, which --tp cuts: use adamw_torch_fused"), ({"tp": 2, "lora_rank": 2}, "--lora_rank"),
+    ({"tp": 2, "metric": True}, "part of the summed loss and no logits"), ({"tp": 2, "cp": 2}, "--cp 2 --tp 2 makes groups of 4 ranks, and there are 2")])
 def test_what_does_not_work_is_refused_by_name(ranks, tmp_path, changes, said):
     for message in on_ranks(ranks, refused, tmp_path, world_size=2, **changes):
         assert said in message

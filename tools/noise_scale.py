@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> Estimate:
     verify(path)
     with reading(path, "args.json"):
         saved = read_json(path, "args.json")
-        batch = saved["per_device_train_batch_size"] * saved["gradient_accumulation_steps"] * (read_json(path, "state.json")["world_size"] // saved.get("cp", 1))
+        batch = saved["per_device_train_batch_size"] * saved["gradient_accumulation_steps"] * (read_json(path, "state.json")["world_size"] // (saved.get("cp", 1) * saved.get("tp", 1)))
     windows: list[Window | None] = []
 
     def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> None:
