@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from collators import IGNORE
 from state import Batch, UsageError
 
-CHUNK_ELEMENTS = 2**23   # logits alive at once, above which they are computed piece by piece: 32 MB in float32
+CHUNK_ELEMENTS = 2**22   # logits alive at once, above which they are computed piece by piece: 16 MB in float32
 
 
 def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
