@@ -1,6 +1,6 @@
 # make train: set up and run the default job.   make test: set up and run the tests.
 # make chaos: runs that are killed at random instants.   make parity: every combination of flags against the HF Trainer.
-# make recipes: every task of recipes/, against its baseline.   make bench: speed and memory beside others, and a table of losses.
+# make recipes: every task of recipes/, against its baseline.   make bench: speed and memory beside others (into LOG.md), and a table of losses.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -33,7 +33,7 @@ lint: $(VENV)/test.done
 
 bench: $(VENV)/test.done
 	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-bench.txt
-	$(RUN) -m bench.speed
+	$(RUN) -m bench.speed --out LOG.md
 	$(RUN) -m bench.memory
 	$(RUN) -m bench.evaluation
 	OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo $(RUN) -m bench.saving

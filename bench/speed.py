@@ -24,6 +24,7 @@ a limit is missed.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import itertools
 import json
@@ -256,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help=", ".join(ROWS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", help="a file for the table, in Markdown")
+    parser.add_argument("--out", help="a file in Markdown, to whose end the table goes as a section with date and command")
     flags = parser.parse_args()
     if unknown := [name for name in flags.rows if name not in ROWS]:
         parser.error(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
@@ -269,8 +270,8 @@ def main() -> None:
     text = "\n".join([*table, *(line for line, _ in lines)])
     print(text)
     if flags.out is not None:
-        with open(flags.out, "w") as file:
-            file.write(text + "\n")
+        with open(flags.out, "a") as file:
+            file.write(f"\n## {datetime.date.today()}: speed beside others, `python -m bench.speed {' '.join([*flags.rows, '--rounds', str(flags.rounds)])}`\n\n{text}\n")
     if not all(holds for _, holds in lines):
         sys.exit(1)
 
