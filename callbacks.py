@@ -222,7 +222,7 @@ class CheckReplicas(Callback):
                 usual.setdefault(start, value)
             for rank, (start, value) in enumerate(held):
                 if value != usual[start]:
-                    raise UsageError(f"update {state.global_step}: rank {rank} holds another {name} than the ranks it should equal; resume from a "
+                    raise UsageError(f"update {state.global_step}: rank {rank} holds other weights than the ranks it should equal ({name}); resume from a "
                                      f"checkpoint before, and look for code that only some ranks run, or for a faulty machine", 4)
 
 

@@ -5,7 +5,7 @@ To change the parallelism, change `parallelize` and `clip_grads`; what `parallel
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
