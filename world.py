@@ -102,6 +102,13 @@ class World:
                 dist.all_reduce(tensor)
         return tensor
 
+    def add_and_agree(self, value: Tensor, flags: list[bool]) -> tuple[Tensor, list[bool]]:
+        """`add` of a number (), and which flags some rank has set. On a CPU they are one message: small ones take 1.5 ms each over gloo."""
+        if self.device.type != "cpu":
+            return self.add(value), list(map(bool, self.max(*flags))) if flags else []
+        total, *counts = self.add(torch.tensor([float(value), *flags], dtype=torch.float64)).tolist()
+        return torch.tensor(total, dtype=value.dtype), [count > 0 for count in counts]
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Equally shaped tensors (...) of all ranks as one CPU tensor (world_size, ...), the same bits on every rank."""
         tensor = tensor.detach().cpu().contiguous()

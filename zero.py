@@ -108,12 +108,8 @@ class Parallel:
         if new := [name for name, p in self.frozen.items() if p.requires_grad]:
             raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for "
                              f"itself; set requires_grad before, and freeze by a learning rate of 0")
-        used, flags = self.used, [name in self.used for name in self.trained] if self.find_unused else []
-        if loss.device.type == "cpu":       # one message: small ones take 1.5 ms each over gloo
-            total, *flags = self.world.add(torch.tensor([float(loss), *flags], dtype=torch.float64)).tolist()
-            loss = torch.tensor(total, dtype=loss.dtype)
-        else:
-            loss, flags = self.world.add(loss), self.world.max(*flags) if flags else []
+        loss, flags = self.world.add_and_agree(loss, [name in self.used for name in self.trained] if self.find_unused else [])
+        used = self.used
         if self.find_unused:
             used = {name for name, flag in zip(self.trained, flags) if flag}
         elif unused := sorted(self.trained.keys() - used):
