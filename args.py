@@ -130,6 +130,8 @@ class TrainArgs:
     cpu_offload: bool = arg(False, "keep the optimizer's state on the CPU and update there; with fsdp and hsdp weights and gradients too")
     cp: int = arg(1, "context parallel: ranks that share the sequences of a micro-batch, each with a part of every one (parallel/context.py)", 1, 100_000)
     tp: int = arg(1, "tensor parallel: ranks that share the layers, each with a part of every weight (parallel/tensor.py); ddp, fsdp", 1, 100_000)
+    pp: int = arg(1, "pipeline parallel: stages of consecutive blocks that the model is cut into, one per rank (parallel/pipeline.py)", 1, 100_000)
+    pp_schedule: Literal["1f1b", "gpipe"] = arg("1f1b", "pp: backward of a micro-batch as soon as it can be, or after all forwards")
     ddp_bucket_cap_mb: float = arg(25.0, "ddp, zero1, zero2: megabytes of gradients that are reduced at a time", 0.001, 1e6)
     ddp_find_unused_parameters: bool = arg(True, "ddp, zero1, zero2: allow parameters that the loss does not use; False: an error names them")
     ddp_timeout: int = arg(1800, "seconds that a rank waits for the others before it gives up", 1, 10**9)
@@ -355,6 +357,9 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
                                 ("fp16_full_eval", a.fp16_full_eval, "which casts whole weights: use --fp16"),
                                 ("save_on_each_node", a.save_on_each_node, "as a host may hold some experts only: give an output_dir that all hosts share")):
         need(f"ep {name}", a.ep == 1 or not given, f"--ep {a.ep} does not go with --{name} {reason}")
+    need("pp_schedule pp", a.pp > 1 or a.pp_schedule == "1f1b", f"--pp_schedule {a.pp_schedule} is the order of work in a pipeline: give --pp too")
+    need("pp cp tp ep", a.pp == 1 or a.cp == a.tp == a.ep == 1, f"--pp {a.pp} does not go with --cp, --tp and --ep, whose groups would have to be inside of a stage: "
+         f"give --pp or one of these")
     need("n_experts cp tp", not a.n_experts or a.cp == a.tp == 1, "--n_experts does not go with --cp and --tp, whose ranks have parts of tokens and of layers: "
          "leave it or them away; --ep shares experts out")
     need("n_experts lora_rank lora_adapter", not a.n_experts or a.lora_rank is a.lora_adapter is None,

@@ -231,7 +231,7 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
     """Files of weights, of which this rank writes its part."""
     files: list[dict[str, Tensor]] = [{}]
     size = total = 0
-    for name, tensor in model_weights(run.model).items():
+    for name, tensor in (run.parallel.whole | model_weights(run.model)).items():
         if files[-1] and size + tensor.nbytes > MAX_FILE_BYTES:
             files.append({})
             size = 0
@@ -241,9 +241,9 @@ def plan_weights(run: Run) -> dict[str, FilePlan]:
     names = [f"{stem}-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else [f"{stem}.safetensors"]
     for name, weights in zip(names, files):
         sharded = {key for key, tensor in weights.items() if hasattr(tensor, "to_local")}
-        mine = {key: local_part(tensor) for key, tensor in weights.items() if (run.parallel.saves if key in sharded else run.world.writes)}
-        if sharded or run.world.writes:
-            plans[name] = plan_tensors(weights, mine, bool(sharded))
+        mine = {key: local_part(tensor) for key, tensor in weights.items() if not tensor.is_meta and (run.parallel.saves if key in sharded else run.parallel.writes)}
+        if sharded or run.parallel.whole or run.world.writes:
+            plans[name] = plan_tensors(weights, mine, bool(sharded or run.parallel.whole))
     if len(files) > 1 and run.world.writes:
         plans[f"{stem}.safetensors.index.json"] = plan_json({"metadata": {"total_size": total}, "weight_map": {
             key: name for name, weights in zip(names, files) for key in weights}})
@@ -397,7 +397,7 @@ def load_checkpoint(run: Run, path: str) -> None:
 def load_weights(run: Run, path: str) -> set[Tensor]:
     """The weights of a checkpoint and, where it has them, their averages: for --ema_decay, or to be evaluated in their place. Returns the
     weights that --allow_change weights has left as they were, since the file has none for them."""
-    left, problems = load_model(run.model, path, partly="weights" in run.args.allowed)
+    left, problems = load_model(run.model, path, "weights" in run.args.allowed, run.parallel.whole)
     if problems and run.world.is_main:
         print("\n  ".join([f"warning: {path} does not fit the model everywhere, and --allow_change weights goes on:", *problems]), file=sys.stderr)
     run.parallel.adopt()
@@ -452,9 +452,9 @@ def copy_history(source: str, run: Run) -> None:
             copy.write(file.read(min(run.state.log_bytes, os.path.getsize(log))))
 
 
-def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[Tensor], list[str]]:
+def load_model(model: nn.Module, path: str, partly: bool = False, whole: dict[str, Tensor] | None = None) -> tuple[set[Tensor], list[str]]:
     """Loads the weights of a checkpoint folder into a bare model, each rank its own part. Names and shapes must match; partly: those that
-    do not are left alone. Returns these weights, and what was wrong, a line each."""
+    do not are left alone. whole: all weights, where the model is only a stage of one. Returns these weights, and what was wrong, a line each."""
     from tools.formats import lora_from_peft
     weights, lora, stem = model_weights(model), lora_of(model), weights_stem(model)
     with PartFiles(path, stem) as files, reading(path, files.name), torch.no_grad():
@@ -469,7 +469,7 @@ def load_model(model: nn.Module, path: str, partly: bool = False) -> tuple[set[T
             raise UsageError(f"{path} holds adapters with the scale {stored.scale:g} (r={stored.r}, lora_alpha={stored.lora_alpha:g}, "
                              f"use_rslora={stored.use_rslora}), and this run's is {lora.scale:g}: give the --lora_rank, --lora_alpha and "
                              f"--use_rslora they were trained with", 3)
-        wanted = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        wanted = {key: tuple(tensor.shape) for key, tensor in ((whole or {}) | weights).items()}
         found = {key: files.shape(key) for key in files.found if not re.search(r"\.(original_module|modules_to_save)\.", key)}     # PEFT's copies
         problems = misfits(wanted, found)
         if problems and not partly:
@@ -498,7 +498,7 @@ def load_optimizer(run: Run, path: str, stored: dict, left: set[Tensor]) -> None
                          f"{type(optimizer).__name__}: give the --optim it was saved with, or start a new run", 3)
     if not alike(stored["evaluates"], True):
         raise ValueError(f"impossible values: evaluates={stored['evaluates']!r:.100}")
-    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    trained = {*run.parallel.names}
     whole = whole_parameters(optimizer)
     known = {p for group in optimizer.param_groups if group.get("fused") or type(optimizer) in ELEMENTWISE for p in group["params"]}
     states: dict[Tensor, dict] = {}

@@ -36,6 +36,9 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
                          f"hosts share, or --strategy ddp, or hsdp with groups within a host")
     if args.cpu_offload and world.world_size == 1:
         raise UsageError("--cpu_offload moves a rank's part of the optimizer, and one process has no part: use several ranks, or leave it away")
+    if args.pp > 1:
+        from parallel.pipeline import PipelineParallel
+        return PipelineParallel(model, args, world)
     sharded, data_parallel = FullySharded, DataParallel
     if args.tp > 1:
         from parallel.tensor import ReplicatedParts, ShardedParts, split_layers

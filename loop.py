@@ -38,6 +38,8 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
     update = None
     if num_items > 0:
         losses: list[Tensor] = []
+        if run.args.pp > 1:       # stages take turns at the micro-batches of a window: parallel/pipeline.py
+            losses, window = run.parallel.run_window(run, window, loss_fn, num_items), []
         for i, micro_batch in enumerate(window):
             last = i + 1 == len(window)
             weight = world.world_size if micro_batch["num_samples"] else 0   # backward averages over ranks; filler is nothing

@@ -186,7 +186,7 @@ def refuse_flags(args: TrainArgs, data_of_task, model_of_task, flags: str) -> No
 def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, about: str) -> None:
     args, state, world = run.args, run.state, run.world
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in (dict(run.model.named_parameters()) | run.parallel.whole).values() if p.requires_grad)
     epochs = "" if train_loader.num_samples is None else f" ({state.max_steps / windows(args, len(train_loader)):.3g} epochs)"
 
     def count(loader: Loader | dict | None) -> str:
@@ -198,7 +198,8 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
     print0(world, f"data: {about}\n"
            f"samples: {count(train_loader)}, held out: {count(eval_loader)}\n"
            f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.data_ranks:,} samples = "
-           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.data_ranks}{f' x cp {args.cp}' * (args.cp > 1)}{f' x tp {args.tp}' * (args.tp > 1)}{f', {args.strategy}' * (world.world_size > 1)}\n"
+           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.data_ranks}"
+           f"{''.join(f' x {name} {getattr(args, name)}' for name in ('cp', 'tp', 'pp') if getattr(args, name) > 1)}{f', {args.strategy}' * (world.world_size > 1)}\n"
            f"model: {parameters:,} trainable parameters on {world.device}, "
            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} per rank")
 

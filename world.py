@@ -50,6 +50,7 @@ class World:
     node: int = 0                            # number of the host
     writes: bool = True                      # into output_dir what all ranks hold: rank 0, with --save_on_each_node one rank of each host
     copies: int = 1                          # neighbouring ranks that read the same samples (--cp, --tp)
+    stages: int = 1                          # and as many times all of the data is read, by one stage of the pipelines after the other (--pp)
     groups: dict = field(default_factory=dict)      # of model parallelism: by flag the process group that this rank is in
     stop: dict = field(default_factory=lambda: {"code": 0, "asked": None})     # this rank's exit code to stop with; whether some rank had one at the last `count`
     status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None, "started": time.time()})
@@ -64,11 +65,11 @@ class World:
     @property
     def data_rank(self) -> int:
         """Which of the parts of the data this rank reads, out of `data_ranks`."""
-        return self.rank // self.copies
+        return self.rank // self.copies % self.data_ranks
 
     @property
     def data_ranks(self) -> int:
-        return self.world_size // self.copies
+        return self.world_size // self.stages // self.copies
 
     def sum(self, *values: int) -> list[int]:
         """Host integers added up over ranks. No accelerator is waited for: they travel over gloo."""
@@ -77,7 +78,8 @@ class World:
     def count(self, *values: int) -> list[int]:
         """Numbers of samples or items that ranks have read, added up; what several ranks have read alike counts once. Whether some rank
         wants to stop travels along: a message of its own would cost as much, 1.5 ms over gloo."""
-        *totals, asked = self.sum(*(values if self.rank % self.copies == 0 else [0] * len(values)), int(self.stop["code"] != 0))
+        counts = self.rank % self.copies == 0 and self.rank < self.world_size // self.stages
+        *totals, asked = self.sum(*(values if counts else [0] * len(values)), int(self.stop["code"] != 0))
         self.stop["asked"] = asked > 0
         return totals
 
@@ -196,7 +198,7 @@ def open_world(args) -> Iterator[World]:
     with contextlib.ExitStack() as on_exit, joined(args, rank, world_size, cuda):
         world = World(rank, local_rank, world_size, device, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
                       node=int(os.environ.get("GROUP_RANK", "0")), writes=rank == 0 or args.save_on_each_node and local_rank == 0, on_exit=on_exit,
-                      memory=Memory(device, not args.skip_memory_metrics), copies=args.cp * args.tp)
+                      memory=Memory(device, not args.skip_memory_metrics), copies=args.cp * args.tp, stages=args.pp)
         check_same_start(world, args)
         groups = open_groups(args, rank, world_size)
         yield dataclasses.replace(world, groups=groups, device_mesh=open_mesh(args, rank, world_size, device, groups) if world_size > 1 else None)
@@ -237,14 +239,16 @@ def check_same_start(world: World, args) -> None:
 
 
 def open_groups(args, rank: int, world_size: int) -> dict[str, dist.ProcessGroup]:
-    """The groups of model parallelism that this rank is in; data: those at its place in others. Ranks are laid out dp x cp x tp: those that
+    """The groups of model parallelism that this rank is in; data: those at its place in others. Ranks are laid out pp x dp x cp x tp: those that
     talk most are neighbours."""
-    if world_size % (args.cp * args.tp):
-        given = " ".join(f"--{name} {getattr(args, name)}" for name in ("cp", "tp") if getattr(args, name) > 1)
-        raise UsageError(f"{given} makes groups of {args.cp * args.tp} ranks, and there are {world_size}: let torchrun start a multiple of that")
-    grid = torch.arange(world_size).view(-1, args.cp, args.tp)
+    size = args.pp * args.cp * args.tp
+    if world_size % size:
+        given = " ".join(f"--{name} {getattr(args, name)}" for name in ("pp", "cp", "tp") if getattr(args, name) > 1)
+        raise UsageError(f"{given} makes groups of {size} ranks, and there are {world_size}: let torchrun start a multiple of that")
+    grid, stages = torch.arange(world_size).view(-1, args.cp, args.tp), torch.arange(world_size).view(args.pp, -1)
     kinds = {"tp": grid, "data": grid.flatten(0, 1).T} if args.tp > 1 else {}      # first: a process may open several worlds, and DTensor
     kinds |= {"cp": grid.mT} if args.cp > 1 else {}                                 # remembers the names of groups, which are their numbers
+    kinds |= {"pp": stages.T, "stage": stages} if args.pp > 1 else {}
     return {name: open_group(args, rank, ranks.flatten(0, -2)) for name, ranks in kinds.items()}
 
 

@@ -60,11 +60,14 @@ class Parallel:
 
     def __init__(self, model: nn.Module, world: World, split: bool = False, find_unused: bool = True):
         self.model, self.world, self.split, self.saves, self.find_unused = model, world, split, split or world.writes, find_unused
+        self.writes = world.writes      # whether weights that this rank holds whole are for it to save
+        self.whole: dict[str, Tensor] = {}      # with --pp, where ranks hold different weights: all of the model, on the meta device
         self.parts: list[Part] = []
         self.groups: list[list[str]] = []       # names of the parameters in the optimizer's groups, on all ranks together
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.used: set[str] = set()     # parameters that got a gradient in this window, on this rank
+        self.names = list(self.trained)     # those that ranks tell each other about
         # what changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's
         saved = model.state_dict(keep_vars=True)
         self.shared_buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
@@ -108,10 +111,10 @@ class Parallel:
         if new := [name for name, p in self.frozen.items() if p.requires_grad]:
             raise UsageError(f"{new[0]} did not require a gradient when training began, and now it does: ranks would train it each for "
                              f"itself; set requires_grad before, and freeze by a learning rate of 0")
-        loss, flags = self.world.add_and_agree(loss, [name in self.used for name in self.trained] if self.find_unused else [])
+        loss, flags = self.world.add_and_agree(loss, [name in self.used for name in self.names] if self.find_unused else [])
         used = self.used
         if self.find_unused:
-            used = {name for name, flag in zip(self.trained, flags) if flag}
+            used = {name for name, flag in zip(self.names, flags) if flag}
         elif unused := sorted(self.trained.keys() - used):
             raise UsageError(f"the loss does not use {', '.join(unused[:5])}: leave --ddp_find_unused_parameters at True, "
                              f"or set requires_grad to False on what is never trained")
@@ -136,10 +139,10 @@ class Bucket:
     split: `flat` (ranks * chunk,) holds their weights, `mine` (chunk,) is this rank's part of it, and `held` is what the
     optimizer updates: `mine`, or a copy on the CPU (ZeRO-Offload, Ren et al. 2021). Not split: a chunk is all, and nothing moves."""
 
-    def __init__(self, parameters: dict[str, Tensor], world: World, split: bool, whole: bool, offload: bool, turn: int):
-        ranks, rank = (world.world_size, world.rank) if split else (1, 0)
+    def __init__(self, parameters: dict[str, Tensor], group: dist.ProcessGroup, split: bool, whole: bool, offload: bool, turn: int):
+        ranks, rank = (group.size(), group.rank()) if split else (1, 0)
         chunk, self.offsets = lay_out({name: p.numel() for name, p in parameters.items()}, whole, ranks, turn)
-        self.parameters, self.split, self.size, self.first = parameters, split, ranks * chunk, rank * chunk
+        self.parameters, self.group, self.split, self.size, self.first = parameters, group, split, ranks * chunk, rank * chunk
         last = self.first + chunk
         ends = {name: (max(start, self.first), min(start + parameters[name].numel(), last)) for name, start in self.offsets.items()}
         self.ranges = {name: (start, stop) for name, (start, stop) in ends.items() if start < stop}      # of the bucket, in this chunk
@@ -178,8 +181,8 @@ class Bucket:
         """Begins the reduction to the mean over ranks: of everything, or of this rank's chunk."""
         buffer = next(iter(self.parameters.values())).detach().new_zeros(self.size) if self.buffer is None else self.buffer
         self.reduced = torch.empty_like(self.mine) if self.split else buffer
-        self.work = dist.reduce_scatter_single(self.reduced, buffer, op=dist.ReduceOp.AVG, async_op=True) if self.split else \
-            dist.all_reduce(buffer, op=dist.ReduceOp.AVG, async_op=True)
+        self.work = dist.reduce_scatter_single(self.reduced, buffer, op=dist.ReduceOp.AVG, group=self.group, async_op=True) if self.split else \
+            dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=self.group, async_op=True)
 
     def finish(self) -> None:
         """Waits for the reduction and adds its result up over micro-batches."""
@@ -189,22 +192,23 @@ class Bucket:
 
 
 class DataParallel(Parallel):
-    """ddp, zero1 and zero2. All ranks start from rank 0's weights."""
+    """ddp, zero1 and zero2 among `peers`, by default all ranks, which start from the first one's weights."""
 
-    def __init__(self, model: nn.Module, args, world: World):
+    def __init__(self, model: nn.Module, args, world: World, peers: dist.ProcessGroup | None = None):
         super().__init__(model, world, args.strategy != "ddp", args.ddp_find_unused_parameters)
         self.cuts, self.every_micro_batch = args.strategy != "ddp", args.strategy == "zero2" and not args.accumulate_unsharded
         self.bucket_bytes, self.offload = int(args.ddp_bucket_cap_mb * 2**20), args.cpu_offload
-        self.group, self.buckets, self.reducing = dist.group.WORLD, [], False      # group: keeps its store for ranks that are late
-        share([tensor for tensor in (*model.parameters(), *model.buffers()) if not hasattr(tensor, "to_local")])
+        self.peers = dist.group.WORLD if peers is None else peers
+        self.group, self.buckets, self.reducing = self.peers, [], False      # group: keeps its store for ranks that are late
+        share([tensor for tensor in (*model.parameters(), *model.buffers()) if not hasattr(tensor, "to_local")], self.peers)
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Lays out the buckets, and with ZeRO gives the optimizer this rank's pieces to train in place of the parameters."""
         whole = whole_parameters(optimizer) if self.cuts else set()
         pieces, alike = {}, {name: p for name, p in self.trained.items() if not hasattr(p, "to_local")}     # the others, DTensors, are a subclass's
-        for names in fill_buckets(alike, whole, self.world.world_size, self.bucket_bytes):
+        for names in fill_buckets(alike, whole, self.peers.size(), self.bucket_bytes):
             parameters = {name: self.trained[name] for name in names}
-            bucket = Bucket(parameters, self.world, self.cuts, parameters[names[0]] in whole, self.offload, turn=len(self.buckets))
+            bucket = Bucket(parameters, self.peers, self.cuts, parameters[names[0]] in whole, self.offload, turn=len(self.buckets))
             self.buckets.append(bucket)
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(lambda _, bucket=bucket, name=name: self.on_grad(bucket, name))
@@ -257,7 +261,7 @@ class DataParallel(Parallel):
         for bucket in self.buckets if self.offload else []:
             bucket.mine.copy_(bucket.held)
         with self.world.clock.within("communication"):
-            works = [dist.all_gather_single(bucket.flat, bucket.mine, async_op=True) for bucket in self.buckets if bucket.split]
+            works = [dist.all_gather_single(bucket.flat, bucket.mine, group=self.peers, async_op=True) for bucket in self.buckets if bucket.split]
             for work in works:
                 work.wait()
 
@@ -266,11 +270,11 @@ class DataParallel(Parallel):
             bucket.held.copy_(bucket.mine)
 
 
-def share(tensors: list[Tensor]) -> None:
-    """Gives every rank what rank 0 has."""
+def share(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Gives every rank of the group, by default all, what its first one has."""
     for tensor in tensors:
         for part in plain(tensor):
-            dist.broadcast(part.detach(), 0)
+            dist.broadcast(part.detach(), group=group, group_src=0)
 
 
 def plain(tensor: Tensor) -> list[Tensor]:
