@@ -58,7 +58,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
         clock.to("optimizer")
         precision.unscale(run.optimizer)
         grad_norm = clip_grads(run.parallel, run.args.max_grad_norm)
-        share = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=world.device)
+        share = sum(losses[1:], losses[0]) if losses else torch.zeros_like(loss_sum)
         loss = world.add(share)
         run.callbacks.fire("on_pre_optimizer_step", run)
         state.learning_rate = set_lr(run.optimizer, run.schedule(state.global_step - state.skipped_steps))
