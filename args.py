@@ -118,7 +118,7 @@ class TrainArgs:
     torch_compile: bool = arg(False, "compile the model")
     torch_compile_backend: str | None = arg(None, "backend of torch.compile (default: inductor)")
     torch_compile_mode: str | None = arg(None, "mode of torch.compile, as max-autotune")
-    # -- ranks (distributed.py, zero.py)
+    # -- ranks (distributed.py, zero.py, parallel/)
     strategy: Literal["ddp", "zero1", "zero2", "fsdp", "hsdp"] = arg("ddp", "split over ranks: nothing, the optimizer's state, gradients"
                                                                      " too, weights too, weights within groups of ranks")
     accumulate_unsharded: bool = arg(False, "zero2, fsdp, hsdp: reduce gradients once per window; each rank then adds up whole ones")

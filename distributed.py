@@ -1,4 +1,4 @@
-"""How the training of a model is spread over ranks: FSDP and HSDP here, the rest in zero.py.
+"""How the training of a model is spread over ranks: FSDP and HSDP here, the rest in zero.py; what splits the model itself, in parallel/.
 
 To change the parallelism, change `parallelize` and `clip_grads`; what `parallelize` returns is `Parallel` in zero.py.
 """

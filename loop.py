@@ -58,7 +58,7 @@ def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> Update | None:
                 losses.append(loss.detach())                   # no .item(): the host stays ahead of the device
             if not last:
                 run.callbacks.fire("on_substep_end", run)
-        share = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=world.device)
+        share = sum(losses[1:], losses[0]) if losses else torch.zeros_like(loss_sum)
         loss = run.parallel.end_window(share)                  # gradients are means over ranks now, and the loss is of all of them
         clock.to("optimizer")
         precision.unscale(run.optimizer)
