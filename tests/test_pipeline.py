@@ -164,7 +164,7 @@ def refused(output_dir, world_size: int, foreign: bool = False, tied: bool = Fal
 @pytest.mark.parametrize("changes, said", [
     ({"foreign": True}, "the built-in GPT of model.py into stages, and this is a Sequential: use --strategy fsdp"), ({"tied": True}, "one weight (tied)"),
     ({"pp": 3}, "--pp 3 makes groups of 3 ranks, and there are 2"), ({"strategy": "zero2"}, "give --strategy zero1"), ({"strategy": "fsdp"}, "give --strategy zero1"),
-    ({"cp": 2}, "--pp 2 does not go with --cp"), ({"ep": 2}, "give --pp or one of these"), ({"lora_rank": 2}, "--lora_rank 2"),
+    ({"cp": 2}, "--pp 2 --cp 2 makes groups of 4 ranks"), ({"ep": 2}, "give --pp or one of these"), ({"lora_rank": 2}, "--lora_rank 2"),
     ({"torch_compile": True}, "--torch_compile"), ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"), ({"sample_prompt": "a"}, "tools.generate"),
     ({"do_predict": True, "do_train": True}, "in a start without --pp"), ({"check_replicas": 5}, "stages hold different ones"),
     ({"save_on_each_node": True}, "an output_dir that all hosts share"), ({"metric": True}, "gives its summed loss and no logits"),
