@@ -59,8 +59,9 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     """The plain tensor that this rank holds of a weight of the model, and its first element in the flattened whole."""
     if not hasattr(tensor, "to_local"):     # no DTensor
         return tensor.detach(), 0
-    rows, ranks = tensor.shape[0], tensor.device_mesh["shard"].size()
-    first = min(rows, tensor.device_mesh.get_local_rank("shard") * -(-rows // ranks))      # rows are cut as torch.chunk does
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    ranks = mesh.size(mesh.mesh_dim_names.index("shard"))
+    first = min(rows, mesh.get_local_rank("shard") * -(-rows // ranks))      # rows are cut as torch.chunk does
     return tensor.detach().to_local(), first * (tensor.numel() // max(rows, 1))
 
 
@@ -93,7 +94,7 @@ class FullySharded(Parallel):
         if on_meta:
             materialize(model, torch.device("cpu") if args.cpu_offload else world.device)
         super().__init__(model, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
-        self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
+        self.group, self.every_micro_batch = world.device_mesh.get_group("shard"), not args.accumulate_unsharded
         self.saves = args.save_on_each_node or world.device_mesh.ndim == 1 or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
         self.units = [(name, unit) for name, unit in model.named_modules() if hasattr(unit, "reshard")]
