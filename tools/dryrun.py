@@ -5,8 +5,8 @@
 
 Any flags of train.py, and those of this tool. Nothing is computed or sent: the code that would train, from build_model to train_step, makes two
 updates of one rank on tensors without numbers, in a process group without peers, and every operator is looked at (tools/ledger.py). The first
-update makes the optimizer's state, the second is counted. Of an accumulation over more than three micro-batches the second one stands for all
-between the first and the last. Micro-batches are full, of --block_size tokens; data, evaluation and checkpoints are not looked at.
+update makes the optimizer's state, the second is counted. Of an accumulation over more than two micro-batches the first stands for all but the
+last. Micro-batches are full, of --block_size tokens; data, evaluation and checkpoints are not looked at.
 
 --measure trains on real ranks of this machine too, and shows predicted / measured.
 """
@@ -16,11 +16,10 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,7 +51,9 @@ REFUSED = {"model_name_or_path": "it would have to be read; give the flags of it
 OF_BUCKETS, OF_SHARDS = ["ddp_bucket_cap_mb", "ddp_find_unused_parameters"], ["fsdp_transformer_layer_cls_to_wrap", "reshard_after_forward", "hsdp_shard_size"]
 NOT_WITH = {"ddp": [*OF_SHARDS, "cpu_offload", "accumulate_unsharded"], "zero1": [*OF_SHARDS, "accumulate_unsharded"], "zero2": OF_SHARDS,
             "fsdp": [*OF_BUCKETS, "hsdp_shard_size"], "hsdp": OF_BUCKETS}      # flags that --compare leaves away
-MOST_TRACED = 3     # micro-batches
+MOST_TRACED = 2     # micro-batches
+SIZES = (1, 8, 64, 512, 4096, 16384)        # ranks of --growth
+COLOURS = {"ddp": "#c0392b", "zero1": "#d68910", "zero2": "#239b56", "fsdp": "#2471a3", "hsdp": "#7d3c98"}
 
 
 @dataclass
@@ -135,18 +136,19 @@ class Marks(Callback):
     """What a ledger says between the micro-batches of an update and before its end."""
 
     def __init__(self, ledger: Ledger):
-        self.ledger, self.held, self.seen = ledger, [], []
+        self.ledger, self.held, self.first = ledger, [], None
 
     def on_substep_end(self, args, state, control, **kwargs):
         self.held.append(self.ledger.now)
-        self.seen.append((self.ledger.flops, dict(self.ledger.traffic)))
+        self.first = self.first or (self.ledger.flops, dict(self.ledger.traffic))
     on_pre_optimizer_step = on_substep_end
 
 
 def trace(args: TrainArgs, world: World, ranks_per_node: int, fake: FakeTensorMode | None = None) -> Figures:
     """Makes two updates and looks at the second one; with `fake` without computing anything."""
     samples, size = Samples(args, world.world_size), args.per_device_train_batch_size
-    window = [{**default_collator([samples[0]] * size), "num_samples": size} for _ in range(min(args.gradient_accumulation_steps, MOST_TRACED))]
+    window = [{**default_collator([samples[0]] * size), "num_samples": size} for _ in range(args.gradient_accumulation_steps)]
+    window = window if fake is None else window[:MOST_TRACED]
     ledger = Ledger(world.clock, ranks_per_node, fake is not None)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as modes:
         run = build(dataclasses.replace(args, output_dir=folder), world, samples, ledger, fake, modes)
@@ -159,13 +161,13 @@ def trace(args: TrainArgs, world: World, ranks_per_node: int, fake: FakeTensorMo
             train_step(run, window[:1], compute_loss)
         ledger.see(window)
         ledger.start(on_host(run))
-        began, marks.held, marks.seen = ledger.now, [], []
+        began, marks.held, marks.first = ledger.now, [], None
         train_step(run, window, compute_loss)
         flops, traffic = ledger.flops, dict(ledger.traffic)
         if (more := args.gradient_accumulation_steps - len(window)) > 0:
-            (flops_before, before), (flops_after, after) = marks.seen[:2]
+            (flops_before, before), (flops_after, after) = ledger.before_forward, marks.first
             flops += more * (flops_after - flops_before)
-            traffic = {route: sent + (after.get(route, Traffic()) + before.get(route, Traffic()).times(-1)).times(more) for route, sent in traffic.items()}
+            traffic |= {route: traffic[route] + (sent - before.get(route, Traffic())).times(more) for route, sent in after.items()}
         return Figures(storage_bytes(weights(run)), max(marks.held) - began, storage_bytes(states(run)), ledger.activations, ledger.peak, ledger.peak_phase,
                        sum(ledger.sizes[key] for key in ledger.host), flops, traffic, trained_by_rank(run))
 
@@ -385,6 +387,9 @@ def formulas(args: TrainArgs, ranks: int, shard: int) -> tuple[float, float]:
     """Bytes of model states that a rank holds (Rajbhandari et al. 2020, section 5) and that it sends per update (section 7, for g micro-batches),
     of P weights in float32 with AdamW. What is gathered of them is in 16 bits with --bf16 and --fp16; weights outside of blocks once a
     micro-batch, the others twice. hsdp: split over `shard` ranks."""
+    if args.optim not in ("adamw_torch", "adamw_torch_fused") or args.lora_rank is not None or args.ema_decay is not None or args.cpu_offload or args.accumulate_unsharded:
+        raise UsageError("the formulas are those of AdamW over all weights, on the device: leave --optim, --lora_rank, --ema_decay, --cpu_offload and "
+                         "--accumulate_unsharded away")
     with torch.device("meta"):
         model = build_model(args)
     P, n, g = sum(p.numel() for p in model.parameters()), ranks, args.gradient_accumulation_steps
@@ -397,3 +402,61 @@ def formulas(args: TrainArgs, ranks: int, shard: int) -> tuple[float, float]:
     sent = {"ddp": 8 * P * ring, "zero1": 8 * P * ring, "zero2": (g + 1) * 4 * P * ring, "fsdp": sharded,
             "hsdp": sharded + 8 * P / shard * (1 - shard / n)}
     return held[args.strategy], sent[args.strategy]
+
+
+class Point(NamedTuple):
+    """Bytes of model states held, and sent per update, by one rank: traced, and by formula."""
+
+    strategy: str
+    ranks: int
+    held: float
+    sent: float
+    held_formula: float
+    sent_formula: float
+
+
+def grow(args: TrainArgs, flags: argparse.Namespace) -> list[Point]:
+    """Prints the table of all strategies and sizes, and writes the picture."""
+    points, one = [], predict(with_strategy(args, "ddp", flags.ranks_per_node)[0], 1, flags.ranks_per_node)      # alike for all strategies
+    print("| strategy | ranks | model states held / formula | sent per update / formula |\n|---|---|---|---|")
+    for strategy in STRATEGIES:
+        each, _ = with_strategy(args, strategy, flags.ranks_per_node)
+        shard = each.hsdp_shard_size if strategy == "hsdp" else None
+        for ranks in [ranks for ranks in SIZES if ranks > (shard or 0)]:
+            figures = one if ranks == 1 else predict(each, ranks, flags.ranks_per_node)
+            sent = sum(traffic.inside + traffic.between for route, traffic in figures.traffic.items() if not route.control)
+            points.append(Point(strategy, ranks, figures.parameters + figures.gradients + figures.optimizer, sent, *formulas(each, ranks, shard or ranks)))
+            print("| {} | {:,} | {:,.0f} / {:,.0f} | {:,.0f} / {:,.0f} |".format(*points[-1][:2], points[-1].held, points[-1].held_formula, sent, points[-1].sent_formula), flush=True)
+    with open(flags.growth, "w") as file:
+        file.write(draw(points))
+    return points
+
+
+def draw(points: list[Point]) -> str:
+    """Both quantities over ranks as SVG, with logarithmic axes: formulas as lines, what was traced as dots."""
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 420" font-family="sans-serif" font-size="13">', '<rect width="960" height="420" fill="white"/>']
+    for left, name, title in ((80, "held", "bytes of weights, gradients and optimizer state per rank"), (560, "sent", "bytes that a rank sends per update")):
+        shown = [p for p in points if getattr(p, name) > 0]
+        logs = [math.log10(getattr(p, field)) for p in shown for field in (name, f"{name}_formula")]
+        low, high = math.floor(min(logs)), math.ceil(max(logs))
+
+        def place(ranks: int, value: float, left=left, low=low, high=high) -> tuple[float, float]:
+            return left + 360 * math.log(ranks) / math.log(SIZES[-1]), 340 - 280 * (math.log10(value) - low) / (high - low)
+        parts.append(f'<text x="{left}" y="30" font-weight="bold">{title}</text>')
+        for power in range(low, high + 1):
+            y = place(1, 10**power)[1]
+            parts.append(f'<path d="M{left} {y:.1f}h360" stroke="#ddd"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
+        parts += [f'<text x="{place(ranks, 10**low)[0]:.1f}" y="360" text-anchor="middle">{ranks:,}</text>' for ranks in SIZES]
+        for strategy, colour in COLOURS.items():
+            own = [p for p in shown if p.strategy == strategy]
+            line = " ".join("{:.1f},{:.1f}".format(*place(p.ranks, getattr(p, f"{name}_formula"))) for p in own)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+            parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"/>'.format(*place(p.ranks, getattr(p, name)), colour) for p in own]
+    for i, (strategy, colour) in enumerate(COLOURS.items()):
+        parts.append(f'<circle cx="{84 + 90 * i}" cy="396" r="4" fill="{colour}"/><text x="{94 + 90 * i}" y="400">{strategy}</text>')
+    parts.append('<text x="560" y="400">lines: formulas of the ZeRO paper; dots: traced; across: ranks</text></svg>\n')
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -48,6 +48,9 @@ class Traffic:
     inside: float = 0.0
     between: float = 0.0
 
+    def __sub__(self, other: Traffic) -> Traffic:
+        return self + other.times(-1)
+
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
@@ -82,10 +85,12 @@ class Ledger(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
         self.elastic: set[int] = set()      # those that FSDP empties and fills again, which no operator shows
         self.host: set[int] = set()         # those that are not on the device
+        self.foreign: set[int] = set()      # those that no operator has made: buffers of gloo, as others of NCCL would be
         self.now = self.peak = self.activations = self.began = 0
         self.phase = self.peak_phase = "other"
         self.traffic: dict[Route, Traffic] = {}
         self.flops = 0
+        self.before_forward: tuple[int, dict[Route, Traffic]] | None = None     # flops and traffic, before the first forward pass
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -100,6 +105,7 @@ class Ledger(TorchDispatchMode):
             if self.phase != "optimizer":
                 raise UsageError(f"the {self.phase} pass depends on a number that only a real run has (.item() or a like call): it cannot be simulated")
             return 1.0 if args[0].is_floating_point() else 1
+        self.see([args, kwargs], self.foreign)
         result = func(*args, **kwargs)
         if func.namespace in NAMESPACES:
             self.count(func._overloadpacket.__name__, [*args, *kwargs.values()], result)
@@ -117,6 +123,7 @@ class Ledger(TorchDispatchMode):
         if part != self.phase and part in ("forward", "backward", "optimizer"):
             if part == "forward":
                 self.began = self.now - self.gathered()
+                self.before_forward = self.before_forward or (self.flops, dict(self.traffic))
             elif part == "backward":
                 self.activations = max(self.activations, self.now - self.gathered() - self.began)
             self.phase = part
@@ -125,18 +132,20 @@ class Ledger(TorchDispatchMode):
         """Bytes of weights that FSDP has gathered."""
         return sum(self.sizes[key] for key in self.elastic)
 
-    def see(self, value) -> None:
-        """Takes note of the storages of all tensors in a value."""
+    def see(self, value, unknown: set[int] | None = None) -> None:
+        """Takes note of the storages of all tensors in a value; of those that are new in `unknown` too, if there is one."""
         for tensor in tensors_in(value):
             storage = tensor.untyped_storage()
             key = id(storage)
             if key not in self.sizes:
                 self.storages[key], self.sizes[key] = weakref.ref(storage, lambda _, key=key: self.forget(key)), 0
+                if unknown is not None:
+                    unknown.add(key)
             self.resize(key, storage.nbytes())
 
     def resize(self, key: int, size: int) -> None:
         if size != self.sizes[key]:
-            self.now += 0 if key in self.host else size - self.sizes[key]
+            self.now += 0 if key in self.host or key in self.foreign else size - self.sizes[key]
             self.sizes[key] = size
 
     def forget(self, key: int) -> None:
@@ -144,6 +153,7 @@ class Ledger(TorchDispatchMode):
         del self.storages[key], self.sizes[key]
         self.elastic.discard(key)
         self.host.discard(key)
+        self.foreign.discard(key)
 
     def start(self, on_host: Iterable[Tensor]) -> None:
         """From here on peaks and traffic are counted, between two updates. Storages whose size has changed unseen are known from now on."""
@@ -157,7 +167,7 @@ class Ledger(TorchDispatchMode):
             if key not in self.host:
                 self.now -= self.sizes[key]
                 self.host.add(key)
-        self.peak, self.activations, self.traffic, self.flops = self.now, 0, {}, 0
+        self.peak, self.activations, self.traffic, self.flops, self.before_forward = self.now, 0, {}, 0, None
 
     def count(self, name: str, args: list, result) -> None:
         """A collective, or the wait for a functional one."""
