@@ -76,8 +76,9 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     if "tp" in tensor.device_mesh.mesh_dim_names:
         from parallel.tensor import local_rows
         return local_rows(tensor.detach())
-    rows, ranks = tensor.shape[0], tensor.device_mesh["shard"].size()
-    first = min(rows, tensor.device_mesh.get_local_rank("shard") * -(-rows // ranks))      # rows are cut as torch.chunk does
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    ranks = mesh.size(mesh.mesh_dim_names.index("shard"))
+    first = min(rows, mesh.get_local_rank("shard") * -(-rows // ranks))      # rows are cut as torch.chunk does
     return tensor.detach().to_local(), first * (tensor.numel() // max(rows, 1))
 
 
@@ -121,7 +122,7 @@ class FullySharded(Parallel):
         if on_meta:
             materialize(model, torch.device("cpu") if args.cpu_offload else world.device)
         super().__init__(model, world, split=True)     # before the first forward: after one, gathered weights may be in place of shards
-        self.group, self.every_micro_batch = world.device_mesh["shard"].get_group(), not args.accumulate_unsharded
+        self.group, self.every_micro_batch = world.device_mesh.get_group("shard"), not args.accumulate_unsharded
         self.saves = args.save_on_each_node or args.strategy == "fsdp" or world.device_mesh.get_local_rank("replicate") == 0
         self.exchanges: list[Exchange] = []
         self.units = [(name, unit) for name, unit in model.named_modules() if hasattr(unit, "reshard")]

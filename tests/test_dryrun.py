@@ -1,0 +1,203 @@
+"""A dry run tells what real ranks hold, send and compute, and what the formulas of the ZeRO paper say of many."""
+import argparse
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import _functional_collectives as functional
+
+from args import parse_args
+from cost import Clock
+from loss import compute_loss
+from model import build_model
+from state import UsageError
+from tools.dryrun import AlikeChunks, Figures, Point, check_peaks, compare, draw, formulas, main, measure, open_dry_world, predict, seconds, with_strategy
+from tools.flops import main as count_flops
+from tools.ledger import Ledger, Route, Traffic, sent
+from tools.strategies import BATCH, BUCKET_MB, LENGTH, Case, run_case
+
+SMALL = "--n_layer 2 --n_embd 36 --n_head 3 --vocab_size 97 --block_size 16 --per_device_train_batch_size 2"     # sizes that 4 ranks do not divide
+
+
+def settings(flags: str):
+    return parse_args([*SMALL.split(), *flags.split(), "--save_strategy", "no"])
+
+
+@pytest.mark.parametrize(("world_size", "flags"), [
+    (2, "--strategy ddp --gradient_accumulation_steps 4 --ddp_bucket_cap_mb 0.01"), (2, "--strategy zero1 --fp16 --ddp_bucket_cap_mb 0.01"),
+    (2, "--strategy zero2 --cpu_offload --ema_decay 0.9 --ddp_bucket_cap_mb 0.01"), (2, "--strategy fsdp --bf16 --gradient_accumulation_steps 3"),
+    (4, "--strategy zero2 --gradient_accumulation_steps 2 --optim muon --ddp_bucket_cap_mb 0.01"),
+    (4, "--strategy hsdp --hsdp_shard_size 2 --gradient_accumulation_steps 3 --activation_checkpointing")])
+def test_it_predicts_what_real_ranks_hold_send_and_compute(world_size, flags, ranks):
+    args = settings(flags)
+    for rank, measured in enumerate(ranks.run(world_size, measure, args, 2)):
+        if rank in (0, world_size - 1):
+            predicted = predict(args, world_size, 2, rank)
+            for name in ("parameters", "gradients", "optimizer", "flops", "host"):
+                assert getattr(predicted, name) == pytest.approx(getattr(measured, name), rel=0.02), name
+            for name in ("activations", "peak"):
+                assert getattr(predicted, name) == pytest.approx(getattr(measured, name), rel=0.1), name
+            assert predicted.peak_phase == measured.peak_phase and predicted.trained == measured.trained
+            assert predicted.traffic.keys() == measured.traffic.keys()
+            for route, traffic in predicted.traffic.items():
+                assert vars(traffic) == pytest.approx(vars(measured.traffic[route]), rel=0.02), route
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_it_agrees_with_another_count_of_what_ranks_hold_and_send(strategy, ranks):
+    measured = ranks.run(2, run_case, Case(strategy, 2, 2), 2, False)[0]
+    bucket = "" if strategy == "fsdp" else f"--ddp_bucket_cap_mb {BUCKET_MB}"
+    predicted = predict(parse_args(f"--strategy {strategy} --n_embd 64 --block_size {LENGTH} --per_device_train_batch_size {BATCH // 4} "
+                                   f"--gradient_accumulation_steps 2 {bucket}".split()), 2, 8)
+    held = {"weights": predicted.parameters, "gradients": predicted.gradients, "optimizer": predicted.optimizer}
+    assert held == pytest.approx(measured["held"], rel=0.02)
+    assert predicted.total("inside") == pytest.approx(measured["sent"], rel=0.02) and predicted.total("between") == 0
+
+
+@pytest.mark.parametrize(("strategy", "accumulation", "ranks"), [("ddp", 1, 16), ("zero1", 1, 1024), ("zero1", 5, 16), ("zero2", 5, 1024),
+                                                                 ("fsdp", 5, 16), ("fsdp", 1, 1024), ("hsdp", 5, 1024)])
+def test_it_grows_as_the_formulas_of_the_paper(strategy, accumulation, ranks):
+    flags = f"--n_layer 1 --n_embd 1024 --vocab_size 1024 --block_size 8 --per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}"
+    args, _ = with_strategy(parse_args(flags.split()), strategy, 8)
+    predicted = predict(args, ranks, 8)
+    held, total = formulas(args, ranks, 8 if strategy == "hsdp" else ranks)
+    assert predicted.parameters + predicted.gradients + predicted.optimizer == pytest.approx(held, rel=0.02)
+    assert predicted.total("inside") + predicted.total("between") == pytest.approx(total, rel=0.02)
+    if strategy == "hsdp":      # between nodes only an all-reduce of what a rank holds
+        P = sum(p.numel() for p in build_model(args).parameters())
+        assert predicted.total("between") == pytest.approx(2 * 4 * P / 8 * (1 - 8 / ranks), rel=0.02)
+
+
+@pytest.mark.parametrize("flags", ["--strategy zero1", "--strategy fsdp", "--strategy zero2 --optim muon", "--strategy fsdp --optim adafactor"])
+def test_it_knows_what_each_rank_trains(flags):
+    args = settings(flags)
+    found = [predict(args, 5, 8, rank) for rank in ((0,) if "--optim" in flags else (0, 4))]
+    total = sum(p.numel() for p in build_model(args).parameters())
+    assert sum(found[0].trained) == total and len({*found[0].trained}) > 1
+    if "--optim" not in flags:      # AdamW keeps two numbers for each, and a count for each piece
+        for rank, figures in zip((0, 4), found):
+            assert 0 <= figures.optimizer - 8 * figures.trained[rank] <= 4 * 20
+
+
+def test_activations_are_what_autograd_keeps():
+    args, saved = settings("--n_embd 96"), {}
+    model = build_model(args)
+    batch = {name: torch.zeros(2, 16, dtype=torch.int64) for name in ("input_ids", "labels")}
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *batch.values()]}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = compute_loss(model, batch)
+    kept = sum(storage.nbytes() for place, storage in saved.items() if place not in known) + loss.nbytes
+    assert predict(args, 1, 8).activations == pytest.approx(kept, rel=0.02)
+
+
+def test_a_ledger_knows_what_is_alive():
+    foreign = torch.ones(500)
+    with Ledger(Clock(), 8) as ledger:
+        a = torch.ones(1000)
+        foreign.view(10, 50).add_(1)        # made out of sight, as what a backend keeps for itself
+        b = a[:10] + 1
+        assert ledger.now == 4040
+        c = a * 2
+        del a, c
+        assert (ledger.now, ledger.peak) == (40, 8040)
+        c = torch.ones(1000)
+        c.untyped_storage().resize_(0)      # as FSDP lets gathered weights go
+        ledger.start([])
+        assert (ledger.now, ledger.peak) == (40, 40)
+        c.untyped_storage().resize_(4000)
+        b.add_(1)
+        assert (ledger.now, ledger.peak, ledger.gathered()) == (4040, 4040, 4000)
+        c.untyped_storage().resize_(0)
+        ledger.start([b.add_(1)])           # on the host
+        assert (ledger.now, ledger.peak) == (0, 0)
+
+
+def test_operations_are_those_that_flops_counts(capsys):
+    flags = "--n_layer 2 --n_embd 64 --block_size 32 --per_device_train_batch_size 2".split()
+    assert predict(parse_args([*flags, "--gradient_accumulation_steps", "5"]), 1, 8).flops == 5 * 2 * 32 * count_flops(flags)
+
+
+@pytest.mark.parametrize(("route", "inside", "between"), [
+    (Route("all-reduce", 4, 4, False), 1.5, 0), (Route("all-reduce", 16, 8, False), 2 * 15 / 16 * 7 / 8, 2 * 15 / 16 / 8),
+    (Route("all-gather", 4, 1, False), 0, 3 / 4), (Route("reduce-scatter", 4, 2, False), 3 / 8, 3 / 8), (Route("broadcast", 1, 1, False), 0, 0),
+    (Route("all-to-all", 8, 2, False), 1 / 8, 6 / 8), (Route("send", 2, 2, False), 1, 0), (Route("send", 2, 1, False), 0, 1), (Route("receive", 2, 1, False), 0, 0)])
+def test_what_a_collective_sends(route, inside, between):
+    assert sent(route, 4096) == Traffic(1, 4096, pytest.approx(4096 * inside), pytest.approx(4096 * between))
+
+
+def test_collectives_of_other_parallelisms_are_counted_with_their_group():
+    with open_dry_world(settings(""), 16, 9, 8), FakeTensorMode(), Ledger(Clock(), 8, fake=True) as ledger:
+        neighbours, across = dist.new_group([8, 9, 10, 11]), dist.new_group([1, 9])
+        x = torch.ones(64)
+        functional.all_to_all_single(x, None, None, neighbours)
+        functional.all_gather_single(x, 0, neighbours)
+        functional.all_reduce(x, "sum", across)
+        dist.all_to_all_single(torch.empty(64), x, group=across)
+        dist.isend(x, 1, group=across)
+        dist.isend(x, 10)
+        dist.irecv(x, 1)
+        counted = {(route.kind, route.size, route.local): (traffic.count, traffic.payload) for route, traffic in ledger.traffic.items()}
+    assert counted == {("all-to-all", 4, 4): (1, 256), ("all-gather", 4, 4): (1, 1024), ("all-reduce", 2, 1): (1, 256), ("all-to-all", 2, 1): (1, 256),
+                       ("send", 2, 1): (1, 256), ("send", 2, 2): (1, 256), ("receive", 2, 1): (1, 256)}
+
+
+def test_what_depends_on_numbers_is_refused():
+    clock = Clock()
+    with FakeTensorMode(), Ledger(clock, 8, fake=True):
+        x = torch.ones(3)
+        clock.to("forward")
+        with pytest.raises(UsageError, match="forward pass depends on a number"):
+            x.sum().item()
+        clock.to("optimizer")
+        assert x.sum().item() == 1
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ("--torch_compile --ranks 8", "--torch_compile cannot be simulated"), ("--lora_rank 2 --lora_base nf4", "--lora_base cannot"),
+    ("--ranks 12", "full nodes"), ("--ranks 4 --rank 4", "rank from 0 to 3"), ("--strategy hsdp --ranks 8", "hsdp splits 8 ranks"),
+    ("--cpu_offload --strategy zero1", "one process has no part"), ("--ranks 16 --flops 1e12", "--bandwidth, --node_bandwidth too"),
+    ("--ranks 8 --bandwidth 1e9", "depends on --flops"), ("--memory 0", "expected more than 0"), ("--ranks 2 --n_layers 3", "--n_layer")])
+def test_what_cannot_be_simulated_is_refused_by_name(flags, message):
+    with pytest.raises(UsageError, match=message):
+        main(flags.split())
+
+
+def test_a_time_is_that_of_its_slowest_part():
+    figures = Figures(1, 1, 1, 1, 1, "forward", 0, 6e9, {Route("all-reduce", 16, 8, False): Traffic(1, 8e6, 14e6, 2e6)}, [1])
+    flags = argparse.Namespace(ranks=16, ranks_per_node=8, flops=2e9, bandwidth=7e6, node_bandwidth=4e6, memory=None)
+    check_peaks(flags)
+    assert seconds(figures, flags) == {"compute": 3.0, "sending inside nodes": 2.0, "sending between nodes": 4.0}
+
+
+def test_the_cheapest_that_fits_is_named(capsys):
+    args = settings("--strategy hsdp --gradient_accumulation_steps 2 --hsdp_shard_size 2 --n_layer 1")
+    flags = argparse.Namespace(ranks=4, ranks_per_node=4, rank=0, flops=None, bandwidth=None, node_bandwidth=None, memory=None)
+    assert compare(args, flags) is None
+    peaks = {row.split(" | ")[0].lstrip("| ").split(",")[0]: int(row.split(" | ")[5].replace(",", "")) for row in capsys.readouterr().out.splitlines()[2:7]}
+    assert peaks["ddp"] > peaks["zero1"] > peaks["zero2"] > peaks["fsdp"]
+    for memory, cheapest in ((peaks["ddp"] - 1, "zero1"), (peaks["fsdp"] - 1, None)):
+        flags.memory = memory
+        assert compare(args, flags) == cheapest
+    assert "none fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(8, 4), (7, 4), (5, 4), (1, 4), (9, 6), (4, 16), (6, 1)])
+def test_chunks_that_are_alike_have_the_shapes_of_chunks(rows, ranks):
+    weight = torch.empty(rows, 3, device="meta")
+    expected = [chunk.shape for chunk in torch.chunk(weight, ranks, dim=0)]
+    with AlikeChunks():
+        found = [chunk.shape for chunk in torch.chunk(weight, ranks, dim=0)]
+    assert len(found) == ranks and found == expected + [(0,)] * (ranks - len(expected))
+
+
+def test_the_picture_has_every_point():
+    points = [Point(strategy, ranks, 1e9 / ranks, 1e8 * (ranks - 1), 1e9, 1e8) for strategy in ("ddp", "fsdp") for ranks in (1, 8, 64)]
+    picture = ElementTree.fromstring(draw(points))
+    dots = [each for each in picture if each.tag.endswith("circle") and each.get("cy") != "396"]
+    assert len(dots) == 6 + 4       # nothing is sent by one rank
