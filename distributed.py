@@ -58,6 +58,8 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
 
 def clip_grads(parallel: Parallel, max_norm: float) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most max_norm (0: leaves them). Returns the norm before, ()."""
+    if parallel.open:
+        raise UsageError("the gradients of a window are not those of all ranks yet: after its last micro-batch call loss = run.parallel.end_window(this rank's share of the loss)")
     parameters = [part.piece for part in parallel.parts if part.piece.grad is not None]
     norm = nn.utils.get_total_norm([part.piece.grad for part in parallel.parts if part.piece.grad is not None and parallel.owns(part)])
     if parallel.split:      # that is the norm of this rank's pieces, of which there may be none
@@ -156,7 +158,7 @@ class FullySharded(Parallel):
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
         self.model.set_requires_gradient_sync(last or self.every_micro_batch)
         self.model.set_requires_all_reduce(last)       # hsdp: between the groups only once per window
-        return contextlib.nullcontext()
+        return super().grad_sync(last)
 
     def give_grads(self, used: set[str]) -> None:
         grads = {name: None if p.grad is None else p.grad.to_local() for name, p in self.trained.items()}

@@ -221,6 +221,7 @@ def note_best(run: Run, metrics: dict) -> None:
 
 def ask_at_step_end(run: Run) -> None:
     """When to log, evaluate, save and stop by the number of updates. Callbacks may change their mind in on_step_end."""
+    run.callbacks.put_off(run.world)
     args, state, control, step = run.args, run.state, run.callbacks.control, run.state.global_step
     last = step >= state.max_steps
     control.should_training_stop |= last
@@ -390,9 +391,10 @@ def catching_signals(run: Run) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop; a second one stops the process at once."""
     in_main = threading.current_thread() is threading.main_thread()     # Python delivers signals to the main thread alone
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if in_main}
+    run.world.stop.update(code=0, wish=False, asked=None)       # of an earlier run in this world
 
     def catch(number, frame):       # print is not safe in a handler
-        os.write(2, b"\nstopping after this update, and the evaluation if one is running; once more stops at once, without saving\n")
+        os.write(2, b"\nstopping after this update (on several ranks perhaps the next), and the evaluation if one is running; once more stops at once, without saving\n")
         run.world.stop["code"] = 128 + number
         for each in previous:
             signal.signal(each, signal.SIG_DFL)      # even where a collective waits for ever

@@ -178,7 +178,8 @@ def refuse_flags(args: TrainArgs, data_of_task, model_of_task, flags: str) -> No
     that the task's own flags have."""
     default = TrainArgs()
     for names, used, what in ((("dataset", "dataset_config_name", "eval_dataset", "test_dataset", "text_column", "streaming"), data_of_task is build_data, "data"),
-                              (("model_name_or_path", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "n_experts", "experts_per_token", "balance_loss_weight", "sample_prompt"), model_of_task is build_model, "model")):
+                              (("model_name_or_path", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "n_experts", "experts_per_token",
+                                "balance_loss_weight", "sample_prompt"), model_of_task is build_model, "model")):
         if given := [f"--{name}" for name in names if not used and f"--{name}" not in flags.split() and getattr(args, name) != getattr(default, name)]:
             raise UsageError(f"{', '.join(given)}: this task has its own {what}, which {'they do' if len(given) > 1 else 'it does'} not change")
 

@@ -67,6 +67,7 @@ class Parallel:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.used: set[str] = set()     # parameters that got a gradient in this window, on this rank
+        self.open = False               # the last micro-batch of a window is through, and `end_window` is still to come
         self.names = list(self.trained)     # those that ranks tell each other about
         # what changes in training beside parameters, such as the statistics of BatchNorm: all ranks go on with rank 0's
         saved = model.state_dict(keep_vars=True)
@@ -101,11 +102,13 @@ class Parallel:
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of one micro-batch."""
+        self.open = last
         return contextlib.nullcontext()
 
     def end_window(self, loss: Tensor) -> Tensor:
         """After the last micro-batch of a window: gives the parts their gradients, means over ranks. loss (): this rank's share. Returns the sum
         over ranks."""
+        self.open = False
         if self.world.world_size == 1:
             return loss
         if new := [name for name, p in self.frozen.items() if p.requires_grad]:
@@ -218,7 +221,7 @@ class DataParallel(Parallel):
     @contextlib.contextmanager
     def grad_sync(self, last: bool) -> Iterator[None]:
         """Around one micro-batch. Reductions start while backward still runs, in the same order on every rank."""
-        self.reducing, self.waiting, self.running = last or self.every_micro_batch, list(self.buckets), []
+        self.open, self.reducing, self.waiting, self.running = last, last or self.every_micro_batch, list(self.buckets), []
         for bucket in self.buckets:
             bucket.arrived.clear()
         yield

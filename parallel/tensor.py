@@ -104,7 +104,7 @@ class SplitCrossEntropy(torch.autograd.Function):
         rows, weight, targets = (hidden.float() if fp16 else hidden).flatten(0, -2), head.float() if fp16 else head, labels.flatten()
         grad_rows = torch.empty_like(rows) if training else None
         grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if training else None
-        total, size = 0.0, max(1, CHUNK_ELEMENTS // len(head))
+        total, size = 0.0, max(1, CHUNK_ELEMENTS // -(-vocab_size // group.size()))     # the last rank may have fewer words, and cuts the tokens alike
         for start in range(0, len(rows), size):
             piece, target = rows[start:start + size], targets[start:start + size]
             with torch.autocast(kind, enabled=False) if fp16 else contextlib.nullcontext():

@@ -3,7 +3,7 @@
 They tell what metrics.jsonl has, on rank 0. For wandb and mlflow each start of a training is a run of its own, which begins with the rows before, so
 none is missing or twice, whatever a kill has left. Where to is set in the environment, as their libraries have it: WANDB_PROJECT, WANDB_MODE=offline,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, MLFLOW_ALLOW_FILE_STORE=true for plain folders.
-Needs: pip install tensorboard, wandb, or pip install mlflow
+Needs: pip install tensorboard, or wandb, or mlflow
 """
 from __future__ import annotations
 

@@ -1,11 +1,19 @@
 """Callbacks are called in the HF Trainer's order, and all ranks obey the same flags."""
+import contextlib
+import os
+
 import torch
 
 from callbacks import Callback
+from distributed import clip_grads
+from evalloop import to_device
 from loop import train
 from loss import compute_loss
+from state import UsageError
 from tests.test_arithmetic import linear_loss
-from tests.toy import Numbers, arguments, flat, rows, run_training, sequences, toy_run
+from tests.toy import Numbers, arguments, flat, gpt, rows, run_training, sequences, toy_run
+from train import assemble
+from world import open_world
 
 EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
 
@@ -140,3 +148,57 @@ def test_callbacks_get_the_model_the_optimizer_and_the_loaders(tmp_path):
     assert seen["model"] is run.model and seen["optimizer"] is run.optimizer and seen["args"] is args
     assert seen["train_dataloader"] is loader and seen["eval_dataloader"] is eval_loader
     assert seen["history"] == rows(tmp_path)[:1]
+
+
+def stopped_by_a_loss(output_dir):
+    with toy_run(arguments(output_dir, max_steps=20, logging_steps=100)) as (run, loader, _):
+        def loss(model, batch):
+            run.callbacks.control.should_training_stop |= run.world.rank == 1 and run.state.global_step == 4
+            return compute_loss(model, batch)
+        train(run, loader, None, loss)
+        return run.state.global_step
+
+
+def test_a_flag_that_no_callback_has_set_is_obeyed_by_all_ranks_an_update_later(ranks, tmp_path):
+    assert ranks.run(2, stopped_by_a_loss, tmp_path) == [6, 6]
+
+
+def unfinished(output_dir):
+    def step(run, window, loss_fn):
+        num_items, = run.world.count(sum(mb["num_items"] for mb in window))
+        with run.parallel.grad_sync(True):
+            loss = loss_fn(run.model, to_device(window[0], run.world.device)) / num_items
+            loss.backward()
+        return clip_grads(run.parallel, 1.0)
+    try:
+        with toy_run(arguments(output_dir, max_steps=2)) as (run, loader, _):
+            train(run, loader, None, compute_loss, train_step=step)
+    except UsageError as error:
+        return str(error)
+
+
+def test_an_update_of_ones_own_that_forgets_the_other_ranks_is_an_error(ranks, tmp_path):
+    for world_size in (1, 2):
+        for message in ranks.run(world_size, unfinished, tmp_path / str(world_size)):
+            assert "call loss = run.parallel.end_window" in message
+
+
+def stopped_once(output_dir):
+    steps = []
+    with open_world(arguments(output_dir)) as world:
+        for name, callbacks in (("a", [Stop()]), ("b", [])):
+            args = arguments(os.path.join(output_dir, name), max_steps=4)
+            run, loader, _ = assemble(args, world, gpt(), sequences(8), callbacks=callbacks)
+            with contextlib.suppress(SystemExit):
+                train(run, loader, None, compute_loss)
+            steps.append(run.state.global_step)
+    return steps
+
+
+class Stop(Callback):
+    def on_step_end(self, args, state, control, run=None, **kwargs):
+        run.world.stop["code"] = 128 + 15 if state.global_step == 2 else 0
+
+
+def test_a_signal_stops_one_run_and_not_the_next_in_the_same_world(tmp_path):
+    assert stopped_once(str(tmp_path)) == [2, 4]

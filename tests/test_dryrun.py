@@ -1,6 +1,6 @@
 """A dry run tells what real ranks hold, send and compute, and what the formulas of the ZeRO paper say of many."""
 import argparse
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,7 +13,21 @@ from cost import Clock
 from loss import compute_loss
 from model import build_model
 from state import UsageError
-from tools.dryrun import AlikeChunks, Figures, Point, check_peaks, compare, draw, formulas, main, measure, open_dry_world, predict, seconds, with_strategy
+from tools.dryrun import (
+    AlikeChunks,
+    Figures,
+    Point,
+    check_peaks,
+    compare,
+    draw,
+    formulas,
+    main,
+    measure,
+    open_dry_world,
+    predict,
+    seconds,
+    with_strategy,
+)
 from tools.flops import main as count_flops
 from tools.ledger import Ledger, Route, Traffic, sent
 from tools.strategies import BATCH, BUCKET_MB, LENGTH, Case, run_case
@@ -119,7 +133,7 @@ def test_a_ledger_knows_what_is_alive():
 
 
 def test_operations_are_those_that_flops_counts(capsys):
-    flags = "--n_layer 2 --n_embd 64 --block_size 32 --per_device_train_batch_size 2".split()
+    flags = ["--n_layer", "2", "--n_embd", "64", "--block_size", "32", "--per_device_train_batch_size", "2"]
     assert predict(parse_args([*flags, "--gradient_accumulation_steps", "5"]), 1, 8).flops == 5 * 2 * 32 * count_flops(flags)
 
 

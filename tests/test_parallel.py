@@ -133,7 +133,7 @@ def split_loss(world_size: int, size: int):
         parallel.tensor.CHUNK_ELEMENTS = kept
 
 
-@pytest.mark.parametrize("size", [2**23, 30])
+@pytest.mark.parametrize("size", [2**23, 30, 32])
 def test_the_loss_of_a_vocabulary_that_ranks_share_is_that_of_a_whole_one(ranks, size):
     """17 words on 2 ranks, smoothed labels; 30: three tokens at a time."""
     hidden, head, labels = hidden_head_labels()

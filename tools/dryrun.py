@@ -33,7 +33,7 @@ from distributed import build_on, find_units, local_part
 from loop import train_step
 from loss import compute_loss
 from model import build_model
-from state import Batch, Run, UsageError, run_main
+from state import Run, UsageError, run_main
 from tools.find_lr import ONLY_TRAIN
 from tools.ledger import Ledger, Route, Traffic, storage_bytes
 from train import assemble

@@ -45,7 +45,7 @@ SETTINGS = {
     "ema_decay": None, "logging_strategy": "no", "logging_first_step": False, "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
     "save_only_model": False, "save_on_each_node": False, "load_best_model_at_end": False, "early_stopping_patience": None,
     "early_stopping_threshold": 0, "report_to": "none", "report_histograms": False, "report": False, "sample_prompt": None, "profile": None, "check_replicas": 0,
-    "cpu_offload": False}
+    "cpu_offload": False, "cp": 1, "tp": 1, "ep": 1, "pp": 1, "pp_schedule": "1f1b"}
 
 
 class Window(NamedTuple):
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> Estimate:
     verify(path)
     with reading(path, "args.json"):
         saved = read_json(path, "args.json")
-        batch = saved["per_device_train_batch_size"] * saved["gradient_accumulation_steps"] * (read_json(path, "state.json")["world_size"] // (saved.get("cp", 1) * saved.get("tp", 1)))
+        shared = math.prod(saved.get(name, 1) for name in ("cp", "tp", "pp"))
+        batch = saved["per_device_train_batch_size"] * saved["gradient_accumulation_steps"] * (read_json(path, "state.json")["world_size"] // shared)
     windows: list[Window | None] = []
 
     def train_step(run: Run, window: list[Batch], loss_fn: LossFn) -> None:
