@@ -47,7 +47,7 @@ def settings(flags: str):
 def test_it_predicts_what_real_ranks_hold_send_and_compute(world_size, flags, ranks):
     args = settings(flags)
     for rank, measured in enumerate(ranks.run(world_size, measure, args, 2)):
-        if rank in (0, world_size - 1):
+        if rank in (0, world_size - 1 if "hsdp" not in flags else 0):     # torch keeps meshes, and their groups, from one rank to the next
             predicted = predict(args, world_size, 2, rank)
             for name in ("parameters", "gradients", "optimizer", "flops", "host"):
                 assert getattr(predicted, name) == pytest.approx(getattr(measured, name), rel=0.02), name
@@ -66,7 +66,7 @@ def test_it_agrees_with_another_count_of_what_ranks_hold_and_send(strategy, rank
     predicted = predict(parse_args(f"--strategy {strategy} --n_embd 64 --block_size {LENGTH} --per_device_train_batch_size {BATCH // 4} "
                                    f"--gradient_accumulation_steps 2 {bucket}".split()), 2, 8)
     held = {"weights": predicted.parameters, "gradients": predicted.gradients, "optimizer": predicted.optimizer}
-    assert held == pytest.approx(measured["held"], rel=0.02)
+    assert held == pytest.approx(measured["held"], rel=0.02) and predicted.peak > predicted.activations + sum(held.values())
     assert predicted.total("inside") == pytest.approx(measured["sent"], rel=0.02) and predicted.total("between") == 0
 
 
@@ -193,7 +193,8 @@ def test_the_cheapest_that_fits_is_named(capsys):
     args = settings("--strategy hsdp --gradient_accumulation_steps 2 --hsdp_shard_size 2 --n_layer 1")
     flags = argparse.Namespace(ranks=4, ranks_per_node=4, rank=0, flops=None, bandwidth=None, node_bandwidth=None, memory=None)
     assert compare(args, flags) is None
-    peaks = {row.split(" | ")[0].lstrip("| ").split(",")[0]: int(row.split(" | ")[5].replace(",", "")) for row in capsys.readouterr().out.splitlines()[2:7]}
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:7]]
+    peaks = {cells[0].partition(",")[0]: int(cells[5].replace(",", "")) for cells in rows}
     assert peaks["ddp"] > peaks["zero1"] > peaks["zero2"] > peaks["fsdp"]
     for memory, cheapest in ((peaks["ddp"] - 1, "zero1"), (peaks["fsdp"] - 1, None)):
         flags.memory = memory

@@ -46,10 +46,13 @@ except ImportError as error:
     raise UsageError(f"torch {torch.__version__} has no fake tensors or no fake process group where 2.13 has them: {error}") from None
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "hsdp")
-REFUSED = {"model_name_or_path": "it would have to be read; give the flags of its shape", "lora_adapter": "it would have to be read; give --lora_rank and its like",
-           "lora_base": "quantized weights are made of numbers", "torch_compile": "what a compiler keeps for backward is known only when it has compiled",
-           "n_experts": "how many tokens an expert gets depends on numbers"} | dict.fromkeys(("cp", "tp", "pp", "ep"), "only data-parallel ranks are, which are all alike")
-OF_BUCKETS, OF_SHARDS = ["ddp_bucket_cap_mb", "ddp_find_unused_parameters"], ["fsdp_transformer_layer_cls_to_wrap", "reshard_after_forward", "hsdp_shard_size"]
+REFUSED = {"model_name_or_path": "it would have to be read; give the flags of its shape", "lora_base": "quantized weights are made of numbers",
+           "lora_adapter": "it would have to be read; give --lora_rank and its like",
+           "torch_compile": "what a compiler keeps for backward is known only when it has compiled",
+           "n_experts": "how many tokens an expert gets depends on numbers",
+           **dict.fromkeys(("cp", "tp", "pp", "ep"), "only data-parallel ranks are, which are all alike")}
+OF_BUCKETS = ["ddp_bucket_cap_mb", "ddp_find_unused_parameters"]
+OF_SHARDS = ["fsdp_transformer_layer_cls_to_wrap", "reshard_after_forward", "hsdp_shard_size"]
 NOT_WITH = {"ddp": [*OF_SHARDS, "cpu_offload", "accumulate_unsharded"], "zero1": [*OF_SHARDS, "accumulate_unsharded"], "zero2": OF_SHARDS,
             "fsdp": [*OF_BUCKETS, "hsdp_shard_size"], "hsdp": OF_BUCKETS}      # flags that --compare leaves away
 MOST_TRACED = 2     # micro-batches
@@ -153,8 +156,8 @@ class Marks(Callback):
 def trace(args: TrainArgs, world: World, ranks_per_node: int, fake: FakeTensorMode | None = None) -> Figures:
     """Makes two updates and looks at the second one; with `fake` without computing anything."""
     samples, size = Samples(args, world.world_size), args.per_device_train_batch_size
-    window = [{**default_collator([samples[0]] * size), "num_samples": size} for _ in range(args.gradient_accumulation_steps)]
-    window = window if fake is None else window[:MOST_TRACED]
+    traced = min(args.gradient_accumulation_steps, args.gradient_accumulation_steps if fake is None else MOST_TRACED)
+    window = [{**default_collator([samples[0]] * size), "num_samples": size} for _ in range(traced)]
     ledger = Ledger(world.clock, ranks_per_node, fake is not None)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as modes:
         run = build(dataclasses.replace(args, output_dir=folder), world, samples, ledger, fake, modes)
@@ -162,27 +165,28 @@ def trace(args: TrainArgs, world: World, ranks_per_node: int, fake: FakeTensorMo
         run.callbacks.callbacks = [marks]
         if fake is not None:
             window = [{key: fake.from_tensor(value) if isinstance(value, Tensor) else value for key, value in batch.items()} for batch in window]
+        ledger.see(window)
         run.model.train()
         while run.state.skipped_steps == run.state.global_step:     # with --fp16 the first ones may overflow
             train_step(run, window[:1], compute_loss)
-        ledger.see(window)
         ledger.start(on_host(run))
         began, marks.held, marks.first = ledger.now, [], None
         train_step(run, window, compute_loss)
         flops, traffic = ledger.flops, dict(ledger.traffic)
-        if (more := args.gradient_accumulation_steps - len(window)) > 0:
+        if more := args.gradient_accumulation_steps - traced:
             (flops_before, before), (flops_after, after) = ledger.before_forward, marks.first
             flops += more * (flops_after - flops_before)
             traffic |= {route: traffic[route] + (sent - before.get(route, Traffic())).times(more) for route, sent in after.items()}
-        return Figures(storage_bytes(weights(run)), max(marks.held) - began, storage_bytes(states(run)), ledger.activations, ledger.peak, ledger.peak_phase,
-                       sum(ledger.sizes[key] for key in ledger.host), flops, traffic, trained_by_rank(run))
+        return Figures(storage_bytes(weights(run)), max(marks.held) - began, storage_bytes(states(run)), ledger.activations, ledger.peak,
+                       ledger.peak_phase, sum(ledger.sizes[key] for key in ledger.host), flops, traffic, trained_by_rank(run))
 
 
 def build(args: TrainArgs, world: World, samples: Samples, ledger: Ledger, fake: FakeTensorMode | None, modes: contextlib.ExitStack) -> Run:
     """The run as train.main assembles it. A model that will be sharded is on the meta device until it gets its memory, and only then are
     tensors fake ones, of which fully_shard would make one for each rank."""
-    def enter(mode: contextlib.AbstractContextManager | None = fake) -> None:
-        modes.enter_context(mode or contextlib.nullcontext())
+    def enter() -> None:
+        if fake is not None:
+            modes.enter_context(fake)
         modes.enter_context(ledger)
 
     sharded = fake is not None and world.device_mesh is not None
@@ -296,7 +300,8 @@ def on_nodes(args: TrainArgs, ranks_per_node: int) -> TrainArgs:
 def with_strategy(args: TrainArgs, strategy: str, ranks_per_node: int) -> tuple[TrainArgs, list[str]]:
     """The settings with another strategy, and the flags that it cannot have and that are left away."""
     left = {name: TrainArgs.__dataclass_fields__[name].default for name in NOT_WITH[strategy]}
-    return on_nodes(dataclasses.replace(args, strategy=strategy, **left), ranks_per_node), [name for name in left if getattr(args, name) != left[name]]
+    changed = on_nodes(dataclasses.replace(args, strategy=strategy, **left), ranks_per_node)
+    return changed, [name for name in left if getattr(args, name) != left[name]]
 
 
 def check_peaks(flags: argparse.Namespace) -> None:
@@ -306,7 +311,8 @@ def check_peaks(flags: argparse.Namespace) -> None:
     if bad := [name for name in (*needed, "memory") if getattr(flags, name) is not None and not 0 < getattr(flags, name) < math.inf]:
         raise UsageError(f"--{bad[0]} {getattr(flags, bad[0])}: expected more than 0")
     if given and (missing := [f"--{name}" for name in needed if needed[name] and name not in given]):
-        raise UsageError(f"the time of an update on {flags.ranks} ranks, {flags.ranks_per_node} on a node, depends on {', '.join(missing)} too: none is assumed")
+        raise UsageError(f"the time of an update on {flags.ranks} ranks, {flags.ranks_per_node} on a node, depends on {', '.join(missing)} too: "
+                         f"none is assumed")
 
 
 def seconds(figures: Figures, flags: argparse.Namespace) -> dict[str, float]:
@@ -321,56 +327,63 @@ def seconds(figures: Figures, flags: argparse.Namespace) -> dict[str, float]:
     return times
 
 
+def row(*cells) -> None:
+    print("| " + " | ".join(f"{cell:,.0f}" if isinstance(cell, (int, float)) else cell for cell in cells) + " |", flush=True)
+
+
+def header(*cells: str) -> None:
+    row(*cells)
+    print("|---" * len(cells) + "|")
+
+
 def show(args: TrainArgs, flags: argparse.Namespace, figures: Figures) -> None:
-    nodes = -(-flags.ranks // flags.ranks_per_node)
-    print(f"{args.strategy} on {flags.ranks:,} ranks, {nodes:,} {'nodes' if nodes > 1 else 'node'} of {min(flags.ranks, flags.ranks_per_node)}; rank {flags.rank}, in bytes")
-    lines = {"parameters": figures.parameters, "gradients": figures.gradients, "optimizer state": figures.optimizer, "activations": figures.activations,
-             "peak": figures.peak} | ({"kept on the host, not in the peak": figures.host} if args.cpu_offload else {})
-    for name, value in lines.items():
-        print(f"  {name:<36}{value:>22,}{f'   in {figures.peak_phase}' if name == 'peak' else ''}")
-    print(f"  {'FLOPs per update':<36}{figures.flops:>22,.0f}")
+    nodes, local = -(-flags.ranks // flags.ranks_per_node), min(flags.ranks, flags.ranks_per_node)
+    print(f"{args.strategy} on {flags.ranks:,} ranks, {nodes:,} {'nodes' if nodes > 1 else 'node'} of {local}; rank {flags.rank}, in bytes")
+    lines = {"parameters": figures.parameters, "gradients": figures.gradients, "optimizer state": figures.optimizer,
+             "activations": figures.activations, f"peak, in {figures.peak_phase}": figures.peak}
+    for name, value in (lines | ({"kept on the host, not in the peak": figures.host} if args.cpu_offload else {}) | {"FLOPs": figures.flops}).items():
+        print(f"  {name:<36}{value:>26,.0f}")
     low, high = min(figures.trained), max(figures.trained)
-    print("ranks are alike" if low == high else f"ranks differ: the optimizer trains from {low:,} numbers (rank {figures.trained.index(low)} of a group) to "
-          f"{high:,} (rank {figures.trained.index(high)}); --rank shows another one")
-    print("\n| per update | ranks | of them on this node | collectives | bytes of their buffers | sent within the node | sent to other nodes |\n" + "|---" * 7 + "|")
+    print("ranks are alike" if low == high else f"ranks differ: the optimizer trains from {low:,} numbers (rank {figures.trained.index(low)} of a group) "
+          f"to {high:,} (rank {figures.trained.index(high)}); --rank shows another one")
+    print("\nIn an update:\n")
+    header("collective", "ranks", "on this node", "count", "bytes of buffers", "sent within the node", "sent to other nodes")
     for route, sent in sorted(figures.traffic.items()):
-        print(f"| {route.kind}{' of counts, flags and norms' * route.control} | {route.size:,} | {route.local} | {sent.count:,.0f} | {sent.payload:,.0f} | "
-              f"{sent.inside:,.0f} | {sent.between:,.0f} |")
+        row(route.kind + " of counts, flags and norms" * route.control, route.size, route.local, *vars(sent).values())
     if flags.memory is not None:
-        print(f"\n{'fits' if figures.peak <= flags.memory else 'does not fit'} into {flags.memory:,.0f} bytes: the peak takes {figures.peak / flags.memory:.1%}")
+        fits = "fits" if figures.peak <= flags.memory else "does not fit"
+        print(f"\n{fits} into {flags.memory:,.0f} bytes: the peak takes {figures.peak / flags.memory:.1%}")
     if times := seconds(figures, flags):
-        print(f"\nan update takes at least {max(times.values()):.4g} s, bound by {max(times, key=times.get)}, and {sum(times.values()):.4g} s if nothing overlaps: " +
-              ", ".join(f"{name} {value:.4g} s" for name, value in times.items()))
+        parts = ", ".join(f"{name} {value:.4g} s" for name, value in times.items())
+        print(f"\nan update takes at least {max(times.values()):.4g} s, bound by {max(times, key=times.get)}, "
+              f"and {sum(times.values()):.4g} s if nothing overlaps: {parts}")
 
 
 def compare(args: TrainArgs, flags: argparse.Namespace) -> str | None:
     """Prints a row for each strategy; returns the cheapest that fits into --memory."""
-    timed = flags.flops is not None
-    print("| strategy | parameters | gradients | optimizer state | activations | peak | collectives | sent within the node | sent to other nodes |" +
-          " at least, s | bound by |" * timed + "\n" + "|---" * (11 if timed else 9) + "|")
-    fitting: dict[str, tuple] = {}
+    timed, costs = flags.flops is not None, {}
+    header("strategy", "parameters", "gradients", "optimizer state", "activations", "peak", "collectives", "sent within the node",
+           "sent to other nodes", *["at least, s", "bound by"] * timed)
     for strategy in STRATEGIES:
         each, left = with_strategy(args, strategy, flags.ranks_per_node)
         try:
             figures = predict(each, flags.ranks, flags.ranks_per_node, flags.rank)
         except UsageError as error:
-            print(f"| {strategy} | cannot be used: {error} |", flush=True)
+            row(strategy, f"cannot be used: {error}")
             continue
-        times = seconds(figures, flags)
-        cost = (max(times.values()), sum(times.values())) if times else (figures.total("between"), figures.total("inside"))
+        times, sends = seconds(figures, flags), [figures.total("inside"), figures.total("between")]
         if flags.memory is not None and figures.peak <= flags.memory:
-            fitting[strategy] = cost
-        values = [figures.parameters, figures.gradients, figures.optimizer, figures.activations, figures.peak, figures.total("count"), figures.total("inside"), figures.total("between")]
-        print(f"| {strategy}{''.join(f', without --{name}' for name in left)} | {' | '.join(f'{value:,.0f}' for value in values)} |" +
-              (f" {max(times.values()):.4g} | {max(times, key=times.get)} |" if timed else ""), flush=True)
-    cheapest = min(fitting, key=fitting.get, default=None)
+            costs[strategy] = (max(times.values()), sum(times.values())) if timed else sends[::-1]
+        row(strategy + "".join(f", without --{name}" for name in left), figures.parameters, figures.gradients, figures.optimizer, figures.activations,
+            figures.peak, figures.total("count"), *sends, *[f"{max(times.values()):.4g}", max(times, key=times.get)] if timed else [])
+    cheapest = min(costs, key=costs.get, default=None)
     if flags.memory is None:
         print("\n--memory BYTES tells which of them fit")
     elif cheapest is None:
         print(f"\nnone fits into {flags.memory:,.0f} bytes: try more ranks, --activation_checkpointing, --bf16, a smaller micro-batch or --cpu_offload")
     else:
-        print(f"\nthe cheapest that fits into {flags.memory:,.0f} bytes is --strategy {cheapest}: " +
-              ("it takes the least time" if timed else "it sends the fewest bytes to other nodes, then within nodes"))
+        print(f"\nthe cheapest that fits into {flags.memory:,.0f} bytes is --strategy {cheapest}: "
+              f"{'it takes the least time' if timed else 'it sends the fewest bytes to other nodes, then within nodes'}")
     return cheapest
 
 
@@ -378,14 +391,15 @@ def show_measured(args: TrainArgs, flags: argparse.Namespace) -> None:
     """Trains for real, on gloo ranks of this machine, and shows each figure of rank 0 as "predicted / measured"."""
     from tests.ranks import Ranks
     pool = Ranks()
-    print("| strategy | ranks | parameters | gradients | optimizer state | activations | peak | collectives | sent | FLOPs |\n" + "|---" * 10 + "|")
+    header("strategy", "ranks", "parameters", "gradients", "optimizer state", "activations", "peak", "collectives", "sent", "FLOPs")
     for strategy in STRATEGIES if flags.compare else [args.strategy]:
         each, _ = with_strategy(args, strategy, flags.ranks_per_node)
-        if strategy == "hsdp" and flags.ranks <= flags.ranks_per_node:
+        if strategy == "hsdp" and flags.ranks <= each.hsdp_shard_size:
             continue
         both = predict(each, flags.ranks, flags.ranks_per_node), pool.run(flags.ranks, measure, each, flags.ranks_per_node)[0]
-        cells = [[f.parameters, f.gradients, f.optimizer, f.activations, f.peak, f.total("count"), f.total("inside") + f.total("between"), f.flops] for f in both]
-        print(f"| {strategy} | {flags.ranks} | " + " | ".join(f"{a:,.0f} / {b:,.0f}" for a, b in zip(*cells)) + " |", flush=True)
+        cells = [[f.parameters, f.gradients, f.optimizer, f.activations, f.peak, f.total("count"), f.total("inside") + f.total("between"), f.flops]
+                 for f in both]
+        row(strategy, flags.ranks, *(f"{a:,.0f} / {b:,.0f}" for a, b in zip(*cells)))
     pool.close()
 
 
@@ -393,9 +407,10 @@ def formulas(args: TrainArgs, ranks: int, shard: int) -> tuple[float, float]:
     """Bytes of model states that a rank holds (Rajbhandari et al. 2020, section 5) and that it sends per update (section 7, for g micro-batches),
     of P weights in float32 with AdamW. What is gathered of them is in 16 bits with --bf16 and --fp16; weights outside of blocks once a
     micro-batch, the others twice. hsdp: split over `shard` ranks."""
-    if args.optim not in ("adamw_torch", "adamw_torch_fused") or args.lora_rank is not None or args.ema_decay is not None or args.cpu_offload or args.accumulate_unsharded:
-        raise UsageError("the formulas are those of AdamW over all weights, on the device: leave --optim, --lora_rank, --ema_decay, --cpu_offload and "
-                         "--accumulate_unsharded away")
+    default = TrainArgs()
+    for name in ("lora_rank", "ema_decay", "cpu_offload", "accumulate_unsharded", "reshard_after_forward"):
+        if getattr(args, name) != getattr(default, name) or not args.optim.startswith("adamw"):
+            raise UsageError(f"the formulas are those of AdamW over all weights, on the device, and not of --{name} or --optim {args.optim}")
     with torch.device("meta"):
         model = build_model(args)
     P, n, g = sum(p.numel() for p in model.parameters()), ranks, args.gradient_accumulation_steps
@@ -404,7 +419,8 @@ def formulas(args: TrainArgs, ranks: int, shard: int) -> tuple[float, float]:
         return 16 * P, 0
     ring, width = (shard - 1) / shard, 2 if args.bf16 or args.fp16 else 4
     sharded = g * (width * (P + blocks) + 4 * P) * ring
-    held = {"ddp": 16 * P, "zero1": 8 * P + 8 * P / n if g > 1 else 4 * P + 12 * P / n, "zero2": 4 * P + 12 * P / n, "fsdp": 16 * P / n, "hsdp": 16 * P / shard}
+    held = {"ddp": 16 * P, "zero1": 8 * P + 8 * P / n if g > 1 else 4 * P + 12 * P / n, "zero2": 4 * P + 12 * P / n, "fsdp": 16 * P / n,
+            "hsdp": 16 * P / shard}
     sent = {"ddp": 8 * P * ring, "zero1": 8 * P * ring, "zero2": (g + 1) * 4 * P * ring, "fsdp": sharded,
             "hsdp": sharded + 8 * P / shard * (1 - shard / n)}
     return held[args.strategy], sent[args.strategy]
@@ -424,15 +440,17 @@ class Point(NamedTuple):
 def grow(args: TrainArgs, flags: argparse.Namespace) -> list[Point]:
     """Prints the table of all strategies and sizes, and writes the picture."""
     points, one = [], predict(with_strategy(args, "ddp", flags.ranks_per_node)[0], 1, flags.ranks_per_node)      # alike for all strategies
-    print("| strategy | ranks | model states held / formula | sent per update / formula |\n|---|---|---|---|")
+    header("strategy", "ranks", "model states held / formula", "sent per update / formula")
     for strategy in STRATEGIES:
         each, _ = with_strategy(args, strategy, flags.ranks_per_node)
         shard = each.hsdp_shard_size if strategy == "hsdp" else None
         for ranks in [ranks for ranks in SIZES if ranks > (shard or 0)]:
             figures = one if ranks == 1 else predict(each, ranks, flags.ranks_per_node)
+            held = figures.parameters + figures.gradients + figures.optimizer
             sent = sum(traffic.inside + traffic.between for route, traffic in figures.traffic.items() if not route.control)
-            points.append(Point(strategy, ranks, figures.parameters + figures.gradients + figures.optimizer, sent, *formulas(each, ranks, shard or ranks)))
-            print("| {} | {:,} | {:,.0f} / {:,.0f} | {:,.0f} / {:,.0f} |".format(*points[-1][:2], points[-1].held, points[-1].held_formula, sent, points[-1].sent_formula), flush=True)
+            point = Point(strategy, ranks, held, sent, *formulas(each, ranks, shard or ranks))
+            row(strategy, ranks, f"{held:,.0f} / {point.held_formula:,.0f}", f"{sent:,.0f} / {point.sent_formula:,.0f}")
+            points.append(point)
     with open(flags.growth, "w") as file:
         file.write(draw(points))
     return points
@@ -440,7 +458,8 @@ def grow(args: TrainArgs, flags: argparse.Namespace) -> list[Point]:
 
 def draw(points: list[Point]) -> str:
     """Both quantities over ranks as SVG, with logarithmic axes: formulas as lines, what was traced as dots."""
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 420" font-family="sans-serif" font-size="13">', '<rect width="960" height="420" fill="white"/>']
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 420" font-family="sans-serif" font-size="13">',
+             '<rect width="960" height="420" fill="white"/>']
     for left, name, title in ((80, "held", "bytes of weights, gradients and optimizer state per rank"), (560, "sent", "bytes that a rank sends per update")):
         shown = [p for p in points if getattr(p, name) > 0]
         logs = [math.log10(getattr(p, field)) for p in shown for field in (name, f"{name}_formula")]
@@ -451,7 +470,8 @@ def draw(points: list[Point]) -> str:
         parts.append(f'<text x="{left}" y="30" font-weight="bold">{title}</text>')
         for power in range(low, high + 1):
             y = place(1, 10**power)[1]
-            parts.append(f'<path d="M{left} {y:.1f}h360" stroke="#ddd"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
+            parts.append(f'<path d="M{left} {y:.1f}h360" stroke="#ddd"/>'
+                         f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
         parts += [f'<text x="{place(ranks, 10**low)[0]:.1f}" y="360" text-anchor="middle">{ranks:,}</text>' for ranks in SIZES]
         for strategy, colour in COLOURS.items():
             own = [p for p in shown if p.strategy == strategy]
@@ -460,7 +480,7 @@ def draw(points: list[Point]) -> str:
             parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"/>'.format(*place(p.ranks, getattr(p, name)), colour) for p in own]
     for i, (strategy, colour) in enumerate(COLOURS.items()):
         parts.append(f'<circle cx="{84 + 90 * i}" cy="396" r="4" fill="{colour}"/><text x="{94 + 90 * i}" y="400">{strategy}</text>')
-    parts.append('<text x="560" y="400">lines: formulas of the ZeRO paper; dots: traced; across: ranks</text></svg>\n')
+    parts.append('<text x="560" y="400">lines: ZeRO paper; dots: traced; across: ranks</text></svg>\n')
     return "\n".join(parts)
 
 

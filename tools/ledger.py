@@ -19,7 +19,8 @@ from tools.flops import FORMULAS
 
 # by the names of operators: those of torch.distributed, and functional ones, which DTensor calls
 KINDS = {"all-reduce": "allreduce_ allreduce_coalesced_ all_reduce all_reduce_ all_reduce_coalesced",
-         "reduce-scatter": "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_ reduce_scatter_tensor reduce_scatter_tensor_coalesced",
+         "reduce-scatter": "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_ reduce_scatter_tensor "
+                           "reduce_scatter_tensor_coalesced",
          "all-gather": "_allgather_base_ allgather_ allgather_into_tensor_coalesced_ all_gather_into_tensor all_gather_into_tensor_coalesced",
          "broadcast": "broadcast_ broadcast", "all-to-all": "alltoall_base_ alltoall_ all_to_all_single shard_dim_alltoall",
          "send": "send", "receive": "recv_", "barrier": "barrier monitored_barrier_"}
@@ -103,7 +104,8 @@ class Ledger(TorchDispatchMode):
         self.enter_phase()
         if self.fake and func is torch.ops.aten._local_scalar_dense.default:
             if self.phase != "optimizer":
-                raise UsageError(f"the {self.phase} pass depends on a number that only a real run has (.item() or a like call): it cannot be simulated")
+                raise UsageError(f"the {self.phase} pass depends on a number that only a real run has (.item() or a like call): "
+                                 f"it cannot be simulated")
             return 1.0 if args[0].is_floating_point() else 1
         self.see([args, kwargs], self.foreign)
         result = func(*args, **kwargs)
