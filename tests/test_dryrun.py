@@ -140,7 +140,8 @@ def test_operations_are_those_that_flops_counts(capsys):
 @pytest.mark.parametrize(("route", "inside", "between"), [
     (Route("all-reduce", 4, 4, False), 1.5, 0), (Route("all-reduce", 16, 8, False), 2 * 15 / 16 * 7 / 8, 2 * 15 / 16 / 8),
     (Route("all-gather", 4, 1, False), 0, 3 / 4), (Route("reduce-scatter", 4, 2, False), 3 / 8, 3 / 8), (Route("broadcast", 1, 1, False), 0, 0),
-    (Route("all-to-all", 8, 2, False), 1 / 8, 6 / 8), (Route("send", 2, 2, False), 1, 0), (Route("send", 2, 1, False), 0, 1), (Route("receive", 2, 1, False), 0, 0)])
+    (Route("all-to-all", 8, 2, False), 1 / 8, 6 / 8), (Route("send", 2, 2, False), 1, 0), (Route("send", 2, 1, False), 0, 1),
+    (Route("receive", 2, 1, False), 0, 0)])
 def test_what_a_collective_sends(route, inside, between):
     assert sent(route, 4096) == Traffic(1, 4096, pytest.approx(4096 * inside), pytest.approx(4096 * between))
 
@@ -157,8 +158,8 @@ def test_collectives_of_other_parallelisms_are_counted_with_their_group():
         dist.isend(x, 10)
         dist.irecv(x, 1)
         counted = {(route.kind, route.size, route.local): (traffic.count, traffic.payload) for route, traffic in ledger.traffic.items()}
-    assert counted == {("all-to-all", 4, 4): (1, 256), ("all-gather", 4, 4): (1, 1024), ("all-reduce", 2, 1): (1, 256), ("all-to-all", 2, 1): (1, 256),
-                       ("send", 2, 1): (1, 256), ("send", 2, 2): (1, 256), ("receive", 2, 1): (1, 256)}
+    assert counted == {("all-to-all", 4, 4): (1, 256), ("all-gather", 4, 4): (1, 1024), ("all-reduce", 2, 1): (1, 256),
+                       ("all-to-all", 2, 1): (1, 256), ("send", 2, 1): (1, 256), ("send", 2, 2): (1, 256), ("receive", 2, 1): (1, 256)}
 
 
 def test_what_depends_on_numbers_is_refused():

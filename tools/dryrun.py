@@ -344,8 +344,8 @@ def show(args: TrainArgs, flags: argparse.Namespace, figures: Figures) -> None:
     for name, value in (lines | ({"kept on the host, not in the peak": figures.host} if args.cpu_offload else {}) | {"FLOPs": figures.flops}).items():
         print(f"  {name:<36}{value:>26,.0f}")
     low, high = min(figures.trained), max(figures.trained)
-    print("ranks are alike" if low == high else f"ranks differ: the optimizer trains from {low:,} numbers (rank {figures.trained.index(low)} of a group) "
-          f"to {high:,} (rank {figures.trained.index(high)}); --rank shows another one")
+    print("ranks are alike" if low == high else f"ranks differ: the optimizer trains from {low:,} numbers (rank {figures.trained.index(low)} of a "
+          f"group) to {high:,} (rank {figures.trained.index(high)}); --rank shows another one")
     print("\nIn an update:\n")
     header("collective", "ranks", "on this node", "count", "bytes of buffers", "sent within the node", "sent to other nodes")
     for route, sent in sorted(figures.traffic.items()):
@@ -380,7 +380,7 @@ def compare(args: TrainArgs, flags: argparse.Namespace) -> str | None:
     if flags.memory is None:
         print("\n--memory BYTES tells which of them fit")
     elif cheapest is None:
-        print(f"\nnone fits into {flags.memory:,.0f} bytes: try more ranks, --activation_checkpointing, --bf16, a smaller micro-batch or --cpu_offload")
+        print(f"\nnone fits into {flags.memory:,.0f} bytes: try more ranks, --activation_checkpointing, --bf16, a smaller micro-batch, --cpu_offload")
     else:
         print(f"\nthe cheapest that fits into {flags.memory:,.0f} bytes is --strategy {cheapest}: "
               f"{'it takes the least time' if timed else 'it sends the fewest bytes to other nodes, then within nodes'}")
@@ -460,7 +460,8 @@ def draw(points: list[Point]) -> str:
     """Both quantities over ranks as SVG, with logarithmic axes: formulas as lines, what was traced as dots."""
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 420" font-family="sans-serif" font-size="13">',
              '<rect width="960" height="420" fill="white"/>']
-    for left, name, title in ((80, "held", "bytes of weights, gradients and optimizer state per rank"), (560, "sent", "bytes that a rank sends per update")):
+    for left, name, title in ((80, "held", "bytes of weights, gradients and optimizer state per rank"),
+                              (560, "sent", "bytes that a rank sends per update")):
         shown = [p for p in points if getattr(p, name) > 0]
         logs = [math.log10(getattr(p, field)) for p in shown for field in (name, f"{name}_formula")]
         low, high = math.floor(min(logs)), math.ceil(max(logs))
