@@ -71,7 +71,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         rows, targets = (hidden.detach().float() if fp16 else hidden.detach()).flatten(0, -2), labels.flatten()
         wants_rows, wants_head = (training and needed for needed in ctx.needs_input_grad[:2])
-        weight = head.detach().requires_grad_(wants_head)
+        weight = (head.detach().float() if fp16 else head.detach()).requires_grad_(wants_head)      # fsdp gathers it in 16 bits
         total = torch.zeros((), device=hidden.device)
         grad_rows = torch.empty_like(rows) if wants_rows else None
         grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if wants_head else None
