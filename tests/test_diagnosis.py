@@ -84,7 +84,7 @@ def test_before_it_knows_the_spread_it_tells_explosions_only():
     assert look_at([3.3, 9.9, 4.3, 1.0, 8.0] * 3).spikes == []
 
 
-def spiked(output_dir, resume=None, poison=41, stop=False, updates=70, **changes):
+def spiked(output_dir, resume=None, poison=41, stop=False, updates=70, seed=0, **changes):
     """(callback, run) after an epoch of updates over the same sequence, but for one micro-batch of others."""
     ids = torch.arange(LENGTH + 1) % VOCAB
     other = torch.randint(VOCAB, (LENGTH + 1,), generator=torch.Generator().manual_seed(3))
@@ -92,7 +92,7 @@ def spiked(output_dir, resume=None, poison=41, stop=False, updates=70, **changes
     args = arguments(output_dir, **{"num_train_epochs": 1, "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 10,
                                     "learning_rate": 3e-3, "lr_scheduler_type": "constant", "resume_from_checkpoint": resume, **changes})
     callback = SpikeCallback(stop=stop)
-    return callback, run_training(args, model=gpt(), train_set=train_set, callbacks=[callback])
+    return callback, run_training(args, model=gpt(seed=seed), train_set=train_set, callbacks=[callback])
 
 
 def test_a_poisoned_batch_is_told_with_the_checkpoint_before_it(tmp_path, capsys):
@@ -122,8 +122,8 @@ def test_a_resumed_run_warns_as_the_one_that_was_never_stopped(tmp_path, capsys)
 
 
 def diverging(output_dir, resume=None, save_steps=5):
-    """Its rate rises until the loss does, for good. What the callback knows at the end, and at which update that came."""
-    callback, run = spiked(output_dir, resume, poison=0, stop=True, updates=300, learning_rate=30.0, lr_scheduler_type="linear",
+    """Its rate rises until the loss does, for good (from other weights it stays just below twice the best, or is not finite). What the callback knows at the end, and at which update that came."""
+    callback, run = spiked(output_dir, resume, poison=0, stop=True, updates=300, seed=4, learning_rate=30.0, lr_scheduler_type="linear",
                            warmup_steps=300, optim="sgd", max_grad_norm=0, save_steps=save_steps)
     return callback.state()["attributes"], run.state.global_step
 

@@ -55,6 +55,7 @@ class Sent(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.bytes, self.reductions = 0.0, 0
+        self.message = 0        # numbers in the one about the loss and the use of parameters, which is no gradient
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._overloadpacket.__name__
@@ -62,7 +63,7 @@ class Sent(TorchDispatchMode):
             tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
             groups = [dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
             payload = max(tensors, key=lambda t: t.nbytes)
-            if payload.is_floating_point() and payload.numel() > 16:
+            if payload.is_floating_point() and payload.numel() > 16 and payload.numel() != self.message:
                 size = groups[0].size()
                 self.bytes += payload.nbytes * COLLECTIVES[name] * (size - 1) / size
                 self.reductions += name in ("allreduce_", "_reduce_scatter_base_")
@@ -134,7 +135,7 @@ def run_case(case: Case, updates: int, weights: bool) -> dict:
         if case.precision == "float64":
             model = model.double()
         run, loader, _ = assemble(args, world, model, data, callbacks=[watch])
-        run.callbacks.callbacks = [watch]
+        run.callbacks.callbacks, watch.sent.message = [watch], 1 + len(run.parallel.names)
         if case.strategy in ("ddp", "zero1", "zero2") and world.world_size > 1:
             watch.buckets = run.parallel.buckets
             for p in model.parameters():        # after the trainer's own hooks: what is held in the middle of backward
