@@ -348,7 +348,7 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
     need("n_embd n_head", a.n_embd % (2 * a.n_head) == 0,
          f"n_embd={a.n_embd} must be a multiple of 2 * n_head = {2 * a.n_head}: rotary positions turn pairs in each head")
     for name in ("experts_per_token", "balance_loss_weight"):
-        need(f"{name} n_experts", a.n_experts or getattr(a, name) == TrainArgs.__dataclass_fields__[name].default, f"--{name} needs --n_experts")
+        need(f"{name} n_experts", a.n_experts or getattr(a, name) == getattr(TrainArgs, name), f"--{name} needs --n_experts")
     need("n_experts experts_per_token", not a.n_experts or a.experts_per_token <= a.n_experts,
          f"experts_per_token={a.experts_per_token} must be at most n_experts={a.n_experts}")
     for name, given, reason in (("strategy", a.strategy != "ddp", f"{a.strategy}, which would split experts once more: give --strategy ddp"),
@@ -415,7 +415,7 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
     for name in filter(None, a.allowed):
         need("allow_change", name in (*fixed, "data", "weights"), f"allow_change={name}: expected names out of {', '.join(fixed)}, data, weights; other flags need no permission, and --optim never gets it")
     for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "lora_bias", "use_rslora"):
-        given = getattr(a, name) != TrainArgs.__dataclass_fields__[name].default
+        given = getattr(a, name) != getattr(TrainArgs, name)
         need(f"{name} lora_rank lora_adapter", not given or a.lora_rank is not None and a.lora_adapter is None,
              f"--{name}: {'the settings of --lora_adapter are in its adapter_config.json' if a.lora_adapter else 'it needs --lora_rank'}")
     need("lora_base lora_rank lora_adapter", a.lora_base == "float" or a.lora_rank is not None or a.lora_adapter is not None,

@@ -56,7 +56,7 @@ def refuse(model: nn.Module, args, stages: int) -> None:
     if type(model) is not GPT:
         raise UsageError(f"--pp cuts the built-in GPT of model.py into stages, and this is a {type(model).__name__}: use --strategy fsdp")
     for name, reason in REFUSED.items():
-        if getattr(args, name) != TrainArgs.__dataclass_fields__[name].default:
+        if getattr(args, name) != getattr(TrainArgs, name):
             raise UsageError(f"--pp {args.pp} does not go with --{name} {getattr(args, name)}, which {reason}")
     if args.strategy not in ("ddp", "zero1"):
         raise UsageError(f"--pp {args.pp} goes with --strategy ddp and zero1, and not with {args.strategy}, which would send gradients or weights anew for "

@@ -14,7 +14,7 @@ from loss import compute_loss, cross_entropy
 from model import build_model
 from parallel.experts import ExpertGPT, Experts, balance
 from state import UsageError
-from tests.test_strategies import close, on_ranks
+from tests.test_strategies import close, on_ranks, refused
 from tests.toy import LENGTH, VOCAB, arguments, rows, run_training, sequences, timeless, train_and, weights
 from tools.flops import main as count_flops
 from world import open_world, set_seed
@@ -199,14 +199,6 @@ class Meddle(Callback):
             model.norm.weight.detach()[0] += 1e-9
 
 
-def refused(output_dir, world_size: int, **changes) -> str:
-    try:
-        finish(output_dir, world_size, **changes)
-    except UsageError as error:
-        return str(error)
-    return "nothing was refused"
-
-
 @pytest.mark.parametrize("world_size, changes, said", [
     (2, {"callbacks": [Meddle()], "check_replicas": 1}, "update 2: rank 1 holds other weights"),
     (2, {"optim": "adafactor"}, "Adafactor looks at 4 weights of experts as a whole"),
@@ -214,5 +206,5 @@ def refused(output_dir, world_size: int, **changes) -> str:
     (2, {"strategy": "fsdp"}, "--ep 2 does not go with --strategy fsdp, which would split experts once more: give --strategy ddp"),
     (3, {"ep": 3}, "the model has 4: give a multiple")])
 def test_what_experts_cannot_be_shared_out_under_is_refused_by_name(ranks, tmp_path, world_size, changes, said):
-    for message in on_ranks(ranks, refused, tmp_path, world_size=world_size, **{"ep": 2, **changes}):
+    for message in on_ranks(ranks, refused, tmp_path, world_size=world_size, finish=finish, **{"ep": 2, **changes}):
         assert said in message

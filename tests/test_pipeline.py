@@ -8,7 +8,7 @@ from callbacks import Callback
 from loop import train
 from loss import compute_loss
 from state import UsageError
-from tests.test_parallel import SAMPLES, Noisy, heads4, texts
+from tests.test_parallel import SAMPLES, Noisy, heads4, on_ranks, texts
 from tests.test_strategies import call, held_state, join
 from tests.toy import VOCAB, arguments, rows, toy_run, weights
 
@@ -49,10 +49,6 @@ def finish(output_dir, world_size: int, dtype: torch.dtype = torch.float64, pack
         state = run.state
         logged = [row[key] for row in rows(output_dir) for key in LOGGED if key in row]
         return weights(run), [*logged, state.total_samples, state.samples_per_update, substeps.count], [state.num_input_tokens_seen, state.total_flos]
-
-
-def on_ranks(ranks, function, *positional, world_size: int, **keywords):
-    return ranks.run(world_size, call, function, (*positional, world_size), keywords)
 
 
 @pytest.fixture(scope="module")

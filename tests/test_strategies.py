@@ -252,7 +252,7 @@ def never(dtype):
     return model
 
 
-def refused(output_dir, world_size: int, **changes) -> str:
+def refused(output_dir, world_size: int, finish=finish, **changes) -> str:
     try:
         finish(output_dir, world_size, **changes)
     except UsageError as error:

@@ -253,7 +253,7 @@ def trained_by_rank(run: Run) -> list[int]:
 def predict(args: TrainArgs, ranks: int, ranks_per_node: int, rank: int = 0) -> Figures:
     """Of one rank; raises UsageError for what train.py would refuse, and for what cannot be simulated."""
     for name, reason in REFUSED.items():
-        if getattr(args, name) != TrainArgs.__dataclass_fields__[name].default:
+        if getattr(args, name) != getattr(TrainArgs, name):
             raise UsageError(f"--{name} cannot be simulated: {reason}")
     if not 0 <= rank < ranks or ranks_per_node < 1 or ranks > ranks_per_node and ranks % ranks_per_node:
         raise UsageError(f"--ranks {ranks} --ranks_per_node {ranks_per_node} --rank {rank}: expected full nodes, and a rank from 0 to {ranks - 1}")
@@ -299,7 +299,7 @@ def on_nodes(args: TrainArgs, ranks_per_node: int) -> TrainArgs:
 
 def with_strategy(args: TrainArgs, strategy: str, ranks_per_node: int) -> tuple[TrainArgs, list[str]]:
     """The settings with another strategy, and the flags that it cannot have and that are left away."""
-    left = {name: TrainArgs.__dataclass_fields__[name].default for name in NOT_WITH[strategy]}
+    left = {name: getattr(TrainArgs, name) for name in NOT_WITH[strategy]}
     changed = on_nodes(dataclasses.replace(args, strategy=strategy, **left), ranks_per_node)
     return changed, [name for name in left if getattr(args, name) != left[name]]
 

@@ -30,6 +30,7 @@ from loop import train
 from loss import compute_loss
 from model import GPT
 from tests.ranks import Ranks
+from tools.ledger import storage_bytes
 from world import open_world, set_seed
 
 BATCH, LENGTH, BUCKET_MB = 8, 32, 0.05
@@ -108,10 +109,6 @@ class Watch(Callback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:
             self.sent.__exit__(None, None, None)
-
-
-def storage_bytes(tensors) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
 def resident() -> int:
