@@ -11,7 +11,8 @@ import torch
 from tests.toy import Numbers, arguments, run_training
 from tools.chaos import compare, exit_codes, newest, outcome, show, start
 
-CALLS = ("open", "write", "pwrite", "fsync", "fdatasync", "truncate", "rename", "replace", "link", "mkdir", "rmdir", "unlink", "remove")
+# without fdatasync, whose number depends on how fast the disk is: a point must be the same one in every run
+CALLS = ("open", "write", "pwrite", "fsync", "truncate", "rename", "replace", "link", "mkdir", "rmdir", "unlink", "remove")
 
 
 @pytest.fixture
