@@ -358,8 +358,8 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
                                 ("save_on_each_node", a.save_on_each_node, "as a host may hold some experts only: give an output_dir that all hosts share")):
         need(f"ep {name}", a.ep == 1 or not given, f"--ep {a.ep} does not go with --{name} {reason}")
     need("pp_schedule pp", a.pp > 1 or a.pp_schedule == "1f1b", f"--pp_schedule {a.pp_schedule} is the order of work in a pipeline: give --pp too")
-    need("pp cp tp ep", a.pp == 1 or a.cp == a.tp == a.ep == 1, f"--pp {a.pp} does not go with --cp, --tp and --ep, whose groups would have to be inside of a stage: "
-         f"give --pp or one of these")
+    need("pp n_experts ep", a.pp == 1 or not a.n_experts and a.ep == 1, f"--pp {a.pp} does not go with --n_experts and --ep, whose balance loss is added up over all "
+         f"layers: leave it or them away")
     need("n_experts cp tp", not a.n_experts or a.cp == a.tp == 1, "--n_experts does not go with --cp and --tp, whose ranks have parts of tokens and of layers: "
          "leave it or them away; --ep shares experts out")
     need("n_experts lora_rank lora_adapter", not a.n_experts or a.lora_rank is a.lora_adapter is None,

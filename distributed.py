@@ -17,9 +17,9 @@ from zero import DataParallel, Parallel, plain, share, whole_parameters
 
 
 def build_on(world: World, build: Callable[[], nn.Module], meta_init: bool) -> nn.Module:
-    """build(), on the meta device and without memory if the model will be sharded. meta_init: reset_parameters of its modules is all
-    there is to its initial weights; `parallelize` then fills the shards by that."""
-    with torch.device("meta") if world.device_mesh is not None and meta_init else contextlib.nullcontext():
+    """build(), on the meta device and without memory if the model will be cut. meta_init: reset_parameters of its modules is all
+    there is to its initial weights; `parallelize` then fills this rank's part by that."""
+    with torch.device("meta") if (world.device_mesh is not None or world.stages > 1) and meta_init else contextlib.nullcontext():
         return build()
 
 
@@ -36,9 +36,6 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
                          f"hosts share, or --strategy ddp, or hsdp with groups within a host")
     if args.cpu_offload and world.world_size == 1:
         raise UsageError("--cpu_offload moves a rank's part of the optimizer, and one process has no part: use several ranks, or leave it away")
-    if args.pp > 1:
-        from parallel.pipeline import PipelineParallel
-        return PipelineParallel(model, args, world)
     sharded, data_parallel = FullySharded, DataParallel
     if args.tp > 1:
         from parallel.tensor import ReplicatedParts, ShardedParts, split_layers
@@ -47,6 +44,9 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
     if args.cp > 1:
         from parallel.context import split_sequences
         split_sequences(model, args, world)
+    if args.pp > 1:
+        from parallel.pipeline import PipelineParallel, PipelineOfParts
+        return (PipelineOfParts if args.tp > 1 else PipelineParallel)(model, args, world)
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
         return sharded(model, args, world)
     if args.ep > 1:
@@ -262,12 +262,13 @@ def find_units(model: nn.Module, class_names: str | None) -> list[nn.Module]:
     return units[::-1]
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device, built: list[tuple[str, nn.Module]] | None = None) -> None:
     """Gives a model from the meta device the weights it would have had without: each module draws its own, whole, by
-    reset_parameters, in the order in which modules are built, and this rank keeps its part. One module is whole at a time."""
+    reset_parameters, in the order in which modules are built, and this rank keeps its part. One module is whole at a time.
+    built: all that were built, where the model has kept some of them only; the others draw for nothing."""
     model.to_empty(device=device)
     filled: set[Tensor] = set()
-    for name, module in model.named_modules():
+    for name, module in built or model.named_modules():
         sharded = dict(module.named_parameters(recurse=False))
         if not sharded and next(module.buffers(recurse=False), None) is None:
             continue
@@ -278,7 +279,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
             module.register_parameter(key, nn.Parameter(torch.empty(p.shape), p.requires_grad))      # of the type that models are built in
         module.reset_parameters()
         for key, p in sharded.items():
-            if p not in filled:     # tied weights keep the first draw, as a module that is given another's weight has it
+            if p not in filled and not p.is_meta:     # tied weights keep the first draw, as a module that is given another's weight has it
                 with filling(p) as (local, start):
                     local.copy_(module.get_parameter(key).detach().flatten()[start:start + local.numel()].view(local.shape))
             module.register_parameter(key, p)

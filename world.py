@@ -247,9 +247,10 @@ def open_groups(args, rank: int, world_size: int) -> dict[str, dist.ProcessGroup
         given = " ".join(f"--{name} {getattr(args, name)}" for name in ("pp", "cp", "tp") if getattr(args, name) > 1)
         raise UsageError(f"{given} makes groups of {size} ranks, and there are {world_size}: let torchrun start a multiple of that")
     grid, stages = torch.arange(world_size).view(-1, args.cp, args.tp), torch.arange(world_size).view(args.pp, -1)
-    kinds = {"tp": grid, "data": grid.flatten(0, 1).T} if args.tp > 1 else {}      # first: a process may open several worlds, and DTensor
-    kinds |= {"cp": grid.mT} if args.cp > 1 else {}                                 # remembers the names of groups, which are their numbers
-    kinds |= {"pp": stages.T, "stage": stages} if args.pp > 1 else {}
+    kinds = {"tp": grid, "data": stages.unflatten(1, (-1, args.tp)).mT} if args.tp > 1 else {}      # first: a process may open several worlds,
+    kinds |= {"cp": grid.mT} if args.cp > 1 else {}                 # and DTensor remembers the names of groups, which are their numbers
+    if args.pp > 1:     # model: the ranks that hold a model together
+        kinds |= {"pp": stages.T, "stage": stages, "model": stages.unflatten(1, (-1, args.tp)).transpose(0, 1).flatten(1)}
     return {name: open_group(args, rank, ranks.flatten(0, -2)) for name, ranks in kinds.items()}
 
 
@@ -263,7 +264,7 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device, groups: di
     """The grid of ranks that fsdp and hsdp shard over: hsdp shards among --hsdp_shard_size neighbours and replicates those; so does --ep."""
     if args.tp > 1:
         from torch.distributed.device_mesh import DeviceMesh
-        grid = torch.arange(world_size).view(-1, args.tp)
+        grid = torch.arange(world_size).view(args.pp, -1, args.tp)[rank * args.pp // world_size]
         return DeviceMesh.from_group([groups["data"], groups["tp"]], device.type, mesh=grid, mesh_dim_names=("shard", "tp"))
     if world_size % args.ep:
         raise UsageError(f"--ep {args.ep} shares experts out among {args.ep} ranks, and there are {world_size}: start a multiple of that with torchrun")

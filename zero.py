@@ -195,13 +195,13 @@ class Bucket:
 
 
 class DataParallel(Parallel):
-    """ddp, zero1 and zero2 among `peers`, by default all ranks, which start from the first one's weights."""
+    """ddp, zero1 and zero2 among `peers`, all ranks or those of a pipeline's stage, which start from the first one's weights."""
 
-    def __init__(self, model: nn.Module, args, world: World, peers: dist.ProcessGroup | None = None):
+    def __init__(self, model: nn.Module, args, world: World):
         super().__init__(model, world, args.strategy != "ddp", args.ddp_find_unused_parameters)
         self.cuts, self.every_micro_batch = args.strategy != "ddp", args.strategy == "zero2" and not args.accumulate_unsharded
         self.bucket_bytes, self.offload = int(args.ddp_bucket_cap_mb * 2**20), args.cpu_offload
-        self.peers = dist.group.WORLD if peers is None else peers
+        self.peers = world.groups.get("stage", dist.group.WORLD)
         self.group, self.buckets, self.reducing = self.peers, [], False      # group: keeps its store for ranks that are late
         share([tensor for tensor in (*model.parameters(), *model.buffers()) if not hasattr(tensor, "to_local")], self.peers)
 

@@ -75,14 +75,14 @@ def agree(model: nn.Module, args: tuple, kwargs: dict, group: dist.ProcessGroup,
     """What a model is called with on the first rank of a group, on all of them, padded to a multiple with tokens that nobody looks at."""
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     if given.get("labels") is None or given.get("cache") is not None:
-        raise UsageError("with --cp and --tp the model gives this rank's part of the summed loss and no logits: leave away what asks for them "
+        raise UsageError("with --cp, --tp and --pp the model gives this rank's part of the summed loss and no logits: leave away what asks for them "
                          "(compute_metrics, a loss of logits, generation), or do it with a checkpoint, in a start without these")
     missing = -given["input_ids"].shape[1] % multiple
-    for name, fill in (("input_ids", 0), ("labels", IGNORE), ("position_ids", 0)):      # 0: a document of its own
-        if given.get(name) is not None:
-            given[name] = F.pad(given[name], (0, missing), value=fill)
-            dist.broadcast(given[name], group=group, group_src=0)       # a data set may draw with generators that differ over ranks
-    return (), given
+    fills = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}       # 0: a document of its own
+    padded = {name: F.pad(given[name].long(), (0, missing), value=fill) for name, fill in fills.items() if given.get(name) is not None}
+    together = torch.stack([*padded.values()])
+    dist.broadcast(together, group=group, group_src=0)      # a data set may draw with generators that differ over ranks
+    return (), {**given, **dict(zip(padded, together))}
 
 
 def piece(sequences: Tensor, group: dist.ProcessGroup) -> Tensor:

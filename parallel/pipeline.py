@@ -16,14 +16,15 @@ gpipe is all forwards and then all backwards. With 1f1b (PipeDream-Flush: Naraya
 as it can, so it keeps activations of at most N micro-batches and not m, beside the inputs of the stage, for which torch has m buffers; the bubble is
 the same. Both are torch.distributed.pipelining's.
 
-A stage is the model itself with modules that do nothing in the place of those of other stages: its forward takes what came from the stage
-before where the first one takes ids. Names of parameters stay, so checkpoints are those of one process. Ranks are laid out pp x dp: rank
-s * D + d is stage s of the pipeline d of D. A pipeline's ranks read the same samples; the ranks of a stage average their gradients.
+A stage is the model itself with modules that do nothing in the place of those of other stages; in the place of the embedding is what came from
+the stage before. Names of parameters stay, so checkpoints are those of one process. Ranks are laid out pp x dp x cp x tp: with N stages of D
+ranks, rank s * D + d is stage s of pipeline d. A pipeline's ranks read the same samples; the ranks of a stage average their gradients, and may
+share its layers and sequences (--tp, --cp), then each hands its tokens (B, T/(cp * tp), C) to the one at its place in the next stage.
 """
 from __future__ import annotations
 
-import inspect
 from itertools import chain
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -32,32 +33,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from args import TrainArgs
 from collators import IGNORE
+from distributed import materialize
 from loss import compute_loss, labels_of
 from model import GPT
+from parallel.context import REFUSED as REFUSED_ELSEWHERE
+from parallel.context import agree, begin, refuse_flags
+from parallel.tensor import ReplicatedParts
 from state import Batch, LossFn, Run, UsageError
 from world import World
-from zero import DataParallel, share
+from zero import DataParallel, Parallel, share
 
 REFUSED = {
-    "lora_rank": "changes which weights are saved, by names that a stage does not have: use --strategy fsdp",
-    "lora_adapter": "changes which weights are saved, by names that a stage does not have: use --strategy fsdp",
-    "torch_compile": "looks at one whole forward pass, of which a rank has a part: leave it away",
-    "neftune_noise_alpha": "scales its noise by the length of a sequence, which is padded here: leave it away",
-    "do_predict": "needs the outputs of the last stage on all ranks: predict with a checkpoint, in a start without --pp",
-    "sample_prompt": "lets the model write token by token: use python -m tools.generate on a checkpoint",
-    "check_replicas": "compares the weights of all ranks, and stages hold different ones: leave it away",
-    "save_on_each_node": "needs all of the model on each host: give an output_dir that all hosts share"}
+    **REFUSED_ELSEWHERE,
+    "lora_rank": "changes which weights are saved, by names that a stage does not have",
+    "lora_adapter": "changes which weights are saved, by names that a stage does not have",
+    "check_replicas": "compares the weights of all ranks, and stages hold different ones",
+    "save_on_each_node": "needs all of the model on each host, so give an output_dir that all hosts share"}
 
 
 def refuse(model: nn.Module, args, stages: int) -> None:
     """Raises UsageError for what cannot be cut into stages, with the nearest that can."""
     if type(model) is not GPT:
         raise UsageError(f"--pp cuts the built-in GPT of model.py into stages, and this is a {type(model).__name__}: use --strategy fsdp")
-    for name, reason in REFUSED.items():
-        if getattr(args, name) != getattr(TrainArgs, name):
-            raise UsageError(f"--pp {args.pp} does not go with --{name} {getattr(args, name)}, which {reason}")
+    refuse_flags(args, "pp", REFUSED)
+    if args.tp > 1 and args.strategy != "ddp":
+        raise UsageError(f"--pp {args.pp} --tp {args.tp} goes with --strategy ddp, and not with {args.strategy}: give that, and more of --pp or --tp, which split what it would")
     if args.strategy not in ("ddp", "zero1"):
         raise UsageError(f"--pp {args.pp} goes with --strategy ddp and zero1, and not with {args.strategy}, which would send gradients or weights anew for "
                          f"each of the pipeline's micro-batches: give --strategy zero1, which splits the optimizer's state, and more stages for the rest")
@@ -85,14 +86,23 @@ class Elsewhere(nn.Module):
         return x
 
 
+class Received(nn.Module):
+    """In the place of the embedding in later stages: gives what came from the stage before, once."""
+
+    came: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        came, self.came = self.came, None
+        return came
+
+
 def keep_stage(model: GPT, stage: int, stages: int) -> None:
-    """Leaves of a model, in place, what one of its stages has. Called without labels, all but the last give activations (B, T, C), and all
-    but the first take those for input_ids."""
+    """Leaves of a model, in place, what one of its stages has. Called without labels, all but the last give activations."""
     for i, block in enumerate(model.blocks):
         if i not in blocks_of(stage, stages, len(model.blocks)):
             model.blocks[i] = Elsewhere(block.attn.head_dim)
     if stage > 0:
-        model.embed, model.dropout = nn.Identity(), nn.Identity()
+        model.embed, model.dropout = Received(), nn.Identity()
     if stage + 1 < stages:
         model.norm, model.head = nn.Identity(), nn.Identity()
 
@@ -101,13 +111,15 @@ class TrainedStage(PipelineStage):
     """The stage of this rank in the schedules of torch, for one number and shape of micro-batches."""
 
     def __init__(self, run: Run, pipe: dist.ProcessGroup, ids: Tensor, activations: Tensor):
-        """ids (B, T), activations (B, T, C): what the first stage takes, and what stages hand on, as tensors of the meta device."""
+        """ids (B, T), activations (B, T/(cp * tp), C): what the first stage takes, and what stages hand on, as tensors of the meta device."""
         first, last = pipe.rank() == 0, pipe.rank() + 1 == pipe.size()
         super().__init__(run.model, pipe.rank(), pipe.size(), run.world.device, input_args=ids if first else activations,
                          output_args=activations.new_empty((), requires_grad=True) if last else activations, group=pipe)
         self.clock, self.precision = run.world.clock, run.precision
 
     def forward_maybe_with_nosync(self, *inputs, **more) -> Tensor:
+        if not self.is_first:
+            (self.submod.embed.came,), inputs = inputs, ()
         with self.clock.within("forward"), self.precision.autocast():
             return self.submod.forward(*inputs, **more)     # around the hooks, which are for evaluations
 
@@ -116,8 +128,8 @@ class TrainedStage(PipelineStage):
             return super().backward_maybe_with_nosync(*inputs, **more)
 
 
-class PipelineParallel(DataParallel):
-    """ddp or zero1 among the ranks of each stage, which hold the same weights.
+class Stages(Parallel):
+    """What a pipeline adds to the data parallelism of a stage's ranks, which hold the same weights.
 
     pipe: the group of this rank's pipeline, in the order of the stages. Training goes through `run_window`. In evaluations the
     model is called as ever, with the whole micro-batch and on all ranks, and its hooks send activations on: the last stage gives the loss,
@@ -128,24 +140,30 @@ class PipelineParallel(DataParallel):
         self.pipe, self.gpipe, self.C = world.groups["pp"], args.pp_schedule == "gpipe", model.embed.embedding_dim
         self.dtype = model.embed.weight.dtype       # of activations between blocks too, with --bf16 and --fp16 as well
         self.stage, self.last = self.pipe.rank(), self.pipe.rank() + 1 == self.pipe.size()
-        share([*model.parameters(), *model.buffers()])
-        whole = {name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad) for name, tensor in model.state_dict(keep_vars=True).items()}
+        whole = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
+                 for name, tensor in model.state_dict(keep_vars=True).items()}
+        built, on_meta = [*model.named_modules()], model.embed.weight.is_meta
+        if not on_meta and args.tp == 1:
+            share([*model.parameters(), *model.buffers()])
         keep_stage(model, self.stage, self.pipe.size())
+        if on_meta:
+            materialize(model, world.device, built)
         model.to(world.device)
-        super().__init__(model, args, world, world.groups["stage"])
+        super().__init__(model, args, world)
         self.whole, self.names = whole, [name for name, tensor in whole.items() if tensor.requires_grad]
-        self.writes = self.peers.rank() == 0
-        self.saves = self.cuts or self.writes
-        self.group = dist.group.WORLD if self.cuts else self.pipe       # what adds up to the norm of all gradients
+        self.writes = world.groups["stage"].rank() == 0
+        self.saves |= self.writes
+        self.group = dist.group.WORLD if args.strategy == "zero1" else world.groups["model"]       # what adds up to the norm of all gradients
         held = dict(model.named_parameters())
         model.idle_parameters = -sum(tensor.numel() for name, tensor in whole.items() if name not in {*held, "embed.weight"})     # other ranks compute with these
+        model.register_forward_pre_hook(partial(agree, group=world.groups["model"], multiple=world.copies), with_kwargs=True, prepend=True)
         model.register_forward_pre_hook(self.receive, with_kwargs=True)
         model.register_forward_hook(self.send)
         self.shape, self.schedule = (), None
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         super().shard(optimizer)
-        stages = self.world.gather_json(self.groups)[::self.peers.size()]
+        stages = self.world.gather_json(self.groups)[::self.world.groups["stage"].size()]
         self.groups = [[*chain.from_iterable(names)] for names in zip(*stages)]
         self.split = True
 
@@ -155,15 +173,17 @@ class PipelineParallel(DataParallel):
         if loss_fn is not compute_loss:
             raise UsageError("--pp trains with the loss that the built-in model computes in its last stage, compute_loss of loss.py, and this is another: change that one, "
                              "or use --strategy fsdp")
-        scaler, one = run.precision.scaler, torch.ones((), device=self.world.device)
+        scaler, one, groups = run.precision.scaler, torch.ones((), device=self.world.device), self.world.groups
         self.num_items, self.losses = num_items, []
         self.scale = one if scaler is None else scaler.scale(one)       # on all stages: each divides its gradients by it again
         with self.world.clock.within("communication"):
-            batch = self.agree(join(window, self.world.device))
-            schedule = self.prepare(run, len(window), batch["labels"])
-            ids, labels = batch.pop("input_ids"), batch.pop("labels")
-            inputs, given = [ids] if self.stage == 0 else [], batch | ({"labels": labels} if self.last else {})
-            schedule.step(*inputs, **given, target=torch.empty(len(window)), return_outputs=False)
+            _, batch = agree(run.model, (), join(window, self.world.device), groups["model"], self.world.copies)
+            if run.args.cp > 1:
+                _, batch = begin(run.model, (), batch, groups["cp"], self.world.copies)
+            schedule = self.prepare(run, len(window), batch["input_ids"])
+            inputs = [batch.pop("input_ids")] if self.stage == 0 else []
+            labels = batch.pop("labels")
+            schedule.step(*inputs, **batch, **({"labels": labels} if self.last else {}), target=torch.empty(len(window)), return_outputs=False)
             with self.grad_sync(last=True):     # the gradients of all micro-batches have been added up
                 pass
         for _ in window[1:]:
@@ -174,50 +194,44 @@ class PipelineParallel(DataParallel):
         """What the last stage goes backward from, for a micro-batch's loss ()."""
         loss = loss_sum / self.num_items
         self.losses.append(loss.detach())
-        return loss * self.peers.size() * self.scale        # the ranks of a stage average their gradients
+        return loss * self.world.groups["stage"].size() * self.scale        # the ranks of a stage average their gradients
 
-    def prepare(self, run: Run, n: int, labels: Tensor):
+    def prepare(self, run: Run, n: int, ids: Tensor):
         """The schedule of n micro-batches of this shape: torch's stages have buffers of one shape, and a window that is like the one before takes
         its. 1f1b with fewer micro-batches than stages is gpipe."""
-        rows, T = labels.shape
+        rows, T = ids.shape
         if self.shape != (n, rows, T):
             ids = torch.empty(rows // n, T, dtype=torch.int64, device="meta")
-            activations = torch.empty(rows // n, T, self.C, dtype=self.dtype, device="meta", requires_grad=True)
+            activations = torch.empty(rows // n, T // self.world.copies, self.C, dtype=self.dtype, device="meta", requires_grad=True)
             kind = ScheduleGPipe if self.gpipe or n < self.pipe.size() else Schedule1F1B
             self.shape = (n, rows, T)
             self.schedule = kind(TrainedStage(run, self.pipe, ids, activations), n, loss_fn=self.weigh, scale_grads=False)
         return self.schedule
 
-    def agree(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the first stage has read: a data set may draw with generators that differ over ranks."""
-        together = torch.stack([*batch.values()])
-        dist.broadcast(together, group=self.pipe, group_src=0)
-        return dict(zip(batch, together))
-
-    def receive(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Before forward in an evaluation. Labels and positions travel with the activations."""
-        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        if given.get("labels") is None or given.get("cache") is not None:
-            raise UsageError("with --pp a rank has a part of the model, which gives its summed loss and no logits: leave away what asks for them "
-                             "(compute_metrics, a loss of logits, generation), or do it with a checkpoint and without --pp")
+    def receive(self, model: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict]:
+        """Before forward in an evaluation."""
         if torch.is_grad_enabled():
-            raise UsageError("with --pp gradients come of a whole window at once, which train_step of loop.py hands over to PipelineParallel.run_window: do the same, "
+            raise UsageError("with --pp gradients come of a whole window at once, which train_step of loop.py hands over to Stages.run_window: do the same, "
                              "or call the model under torch.no_grad()")
-        names = [name for name in ("labels", "position_ids") if given.get(name) is not None]
-        self.passed = torch.stack([given[name] for name in names])
         if self.stage > 0:
-            given["input_ids"] = torch.empty(*given["labels"].shape, self.C, dtype=next(model.parameters()).dtype, device=self.passed.device)
-            for tensor in (self.passed, given["input_ids"]):
-                dist.recv(tensor, group=self.pipe, group_src=self.stage - 1)
-            given |= zip(names, self.passed)
-        return (), given if self.last else given | {"labels": None}
+            B, T = given["input_ids"].shape
+            model.embed.came = torch.empty(B, T // self.world.copies, self.C, dtype=next(model.parameters()).dtype, device=given["input_ids"].device)
+            dist.recv(model.embed.came, group=self.pipe, group_src=self.stage - 1)
+        return args, given if self.last else given | {"labels": None}
 
     def send(self, model: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if self.last:
             return None     # the loss
-        for tensor in (self.passed, output):
-            dist.send(tensor.contiguous(), group=self.pipe, group_dst=self.stage + 1)
+        dist.send(output.contiguous(), group=self.pipe, group_dst=self.stage + 1)
         return output.new_zeros(())
+
+
+class PipelineParallel(Stages, DataParallel):
+    """ddp or zero1 among the ranks of each stage."""
+
+
+class PipelineOfParts(Stages, ReplicatedParts):
+    """ddp x tp in each stage."""
 
 
 def join(window: list[Batch], device: torch.device) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def split_layers(model: nn.Module, args, world: World) -> None:
             "blocks.*.attn_norm": norm, "blocks.*.attn.qkv": into, "blocks.*.attn.out": out_of,
             "blocks.*.mlp_norm": norm, "blocks.*.up": into, "blocks.*.down": out_of}
     parallelize_module(model, mesh, plan, src_data_rank=None)
-    if on_meta and args.strategy == "ddp":      # fsdp cuts the parts first
+    if on_meta and args.strategy == "ddp" and args.pp == 1:     # else the parts are cut first
         materialize(model, world.device)
     model.head_loss = partial(split_head_loss, mesh=mesh, vocab_size=model.vocab_size)
     model.register_forward_pre_hook(partial(agree, group=mesh.get_group(), multiple=world.copies), with_kwargs=True)
@@ -69,8 +69,10 @@ def refuse(model: nn.Module, args, world: World) -> None:
     if not isinstance(model, GPT):
         raise UsageError(f"--tp cuts the layers of the built-in GPT of model.py, and this is a {type(model).__name__}: "
                          f"use --strategy fsdp, or give split_layers of parallel/tensor.py a plan for it")
-    if args.strategy not in ("ddp", "fsdp"):
+    if args.strategy not in ("ddp", "fsdp") and args.pp == 1:
         raise UsageError(f"--tp {args.tp} does not go with --strategy {args.strategy}: use fsdp, which splits all that {args.strategy} does, or ddp")
+    if model.head.weight is model.embed.weight:
+        raise UsageError("--tp cuts the embedding and the head each for itself, and here they are one weight (tied): untie them, or use --strategy fsdp without --tp")
     refuse_flags(args, "tp", REFUSED_HERE)
     heads = model.blocks[0].attn.out.in_features // model.blocks[0].attn.head_dim
     if heads % world.copies:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import parallel.tensor
 from callbacks import Callback
-from distributed import build_on, parallelize, whole
+from distributed import build_on, local_part, parallelize, whole
 from loop import train
 from loss import compute_loss, head_cross_entropy
 from model import GPT
@@ -98,16 +98,18 @@ def from_meta(output_dir, world_size: int, **changes):
         model = build_on(world, partial(GPT, VOCAB, LENGTH, 2, 4, 24), True)
         on_meta = all(p.is_meta for p in model.parameters())
         parallelize(model, args, world)
-        return {name: whole(p).numpy() for name, p in model.named_parameters()}, sum(p.to_local().nbytes for p in model.parameters()), on_meta
+        return {name: whole(p).numpy() for name, p in model.named_parameters()}, sum(local_part(p)[0].nbytes for p in model.parameters()), on_meta
 
 
-@pytest.mark.parametrize("world_size, changes", [(2, {"tp": 2}), (4, {"tp": 2, "strategy": "fsdp"})])
+@pytest.mark.parametrize("world_size, changes", [(2, {"tp": 2}), (4, {"tp": 2, "strategy": "fsdp"}), (2, {"pp": 2}), (4, {"pp": 2, "tp": 2})])
 def test_a_model_that_is_cut_starts_with_the_weights_of_one_process_and_no_rank_holds_it_whole(ranks, tmp_path, world_size, changes):
     set_seed(3)
     expected = dict(GPT(VOCAB, LENGTH, 2, 4, 24).named_parameters())
-    for got, held, on_meta in on_ranks(ranks, from_meta, tmp_path, world_size=world_size, **changes):
+    results = on_ranks(ranks, from_meta, tmp_path, world_size=world_size, **changes)
+    assert {name for got, *_ in results for name in got} == expected.keys()
+    for got, held, on_meta in results:
         assert on_meta and held < 1.1 * sum(p.nbytes for p in expected.values()) / world_size
-        assert got.keys() == expected.keys() and all((got[name] == p.detach().numpy()).all() for name, p in expected.items())
+        assert all((value == expected[name].detach().numpy()).all() for name, value in got.items())
 
 
 def hidden_head_labels() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

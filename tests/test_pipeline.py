@@ -1,4 +1,6 @@
 """A model in stages on several ranks is the same training: the weights and losses of one process."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,10 @@ def ragged(n: int, seed: int = 0, packed: bool = False) -> list[dict]:
     return [{name: row[:len(row) - i % 3] for name, row in sample.items()} for i, sample in enumerate(texts(n, seed, packed))]
 
 
+def data_ranks(world_size: int, changes: dict) -> int:
+    return world_size // math.prod(changes.get(name, 1) for name in ("pp", "cp", "tp"))
+
+
 class Substeps(Callback):
     count = 0
 
@@ -42,7 +48,7 @@ def collate(samples: list[dict]) -> dict:
 
 def finish(output_dir, world_size: int, dtype: torch.dtype = torch.float64, packed: bool = False, n_layer: int = 5, **changes):
     """This rank's weights at the end, all losses and norms, and what was counted."""
-    args, substeps = settings(output_dir, world_size // changes.get("pp", 1), **changes), Substeps()
+    args, substeps = settings(output_dir, data_ranks(world_size, changes), **changes), Substeps()
     model, train_set, eval_set = heads4(dtype, n_layer=n_layer), ragged(SAMPLES, packed=packed), ragged(5, seed=1, packed=packed)
     with toy_run(args, model=model, train_set=train_set, eval_set=eval_set, collate=collate, callbacks=[substeps]) as (run, train_loader, eval_loader):
         train(run, train_loader, eval_loader, compute_loss)
@@ -67,7 +73,7 @@ def close(results, expected, tolerance: float = 1e-11) -> None:
 
 
 PP = [(2, {"pp": 2}), (4, {"pp": 4, "pp_schedule": "gpipe", "packed": True}), (4, {"pp": 4, "activation_checkpointing": True}),
-      (4, {"pp": 2, "packed": True}), (4, {"pp": 2, "strategy": "zero1", "ddp_bucket_cap_mb": 0.01, "cpu_offload": True})]
+      (8, {"pp": 2, "tp": 2}), (4, {"pp": 2, "cp": 2, "packed": True}), (4, {"pp": 2, "packed": True}), (4, {"pp": 2, "strategy": "zero1", "ddp_bucket_cap_mb": 0.01, "cpu_offload": True})]
 
 
 @pytest.mark.parametrize("world_size, changes", PP)
@@ -107,7 +113,7 @@ def test_stages_see_the_same_samples_even_if_the_data_set_draws_them(ranks, tmp_
 
 def saved(output_dir, world_size: int, resume=None, **changes):
     """Everything that a checkpoint keeps, of this rank's parts, after loading and at the end: weights, moments and averages by name."""
-    args = settings(output_dir, world_size // changes.get("pp", 1), **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9,
+    args = settings(output_dir, data_ranks(world_size, changes), **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9,
                                                                        "resume_from_checkpoint": resume, "eval_strategy": "steps", "eval_steps": 2, **changes})
     with toy_run(args, model=heads4(), train_set=texts(SAMPLES), eval_set=texts(3, seed=1)) as (run, train_loader, eval_loader):
         loaded = held_state(run)
@@ -120,7 +126,7 @@ def states(results) -> tuple[dict, dict]:
     return join([result[0] for result in results]), join([result[1] for result in results])
 
 
-@pytest.mark.parametrize("world_size, changes", [(2, {"pp": 2, "save_async": True}), (4, {"pp": 2, "strategy": "zero1"})])
+@pytest.mark.parametrize("world_size, changes", [(4, {"pp": 2, "tp": 2, "save_async": True}), (4, {"pp": 2, "strategy": "zero1"})])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(ranks, tmp_path, world_size, changes):
     changes = {**changes, "dropout": 0.1}
     _, expected = states(on_ranks(ranks, saved, tmp_path / "a", world_size=world_size, **changes))
@@ -129,10 +135,11 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(ranks, tmp
     assert all((end[key] == expected[key]).all() for key in expected)
 
 
-def test_a_checkpoint_of_stages_goes_on_in_one_process_and_the_other_way_round(ranks, tmp_path):
+@pytest.mark.parametrize("world_size, changes", [(2, {"pp": 2}), (4, {"pp": 2, "tp": 2})])
+def test_a_checkpoint_of_stages_goes_on_in_one_process_and_the_other_way_round(ranks, tmp_path, world_size, changes):
     """Loaded weights, moments and averages are bit-equal; the end is that of a run that was not cut."""
     def run(name: str, alone: bool, resume=None) -> tuple[dict, dict]:
-        return states([saved(tmp_path / name, 1, resume)] if alone else ranks.run(2, call, saved, (tmp_path / name, 2, resume), {"pp": 2}))
+        return states([saved(tmp_path / name, 1, resume)] if alone else ranks.run(world_size, call, saved, (tmp_path / name, world_size, resume), changes))
     _, expected = run("one", True)
     run("stages", False)
     assert sorted(path.name for path in (tmp_path / "stages" / "checkpoint-2").glob("model*")) == ["model.safetensors"]
@@ -160,10 +167,10 @@ def refused(output_dir, world_size: int, foreign: bool = False, tied: bool = Fal
 @pytest.mark.parametrize("changes, said", [
     ({"foreign": True}, "the built-in GPT of model.py into stages, and this is a Sequential: use --strategy fsdp"), ({"tied": True}, "one weight (tied)"),
     ({"pp": 3}, "--pp 3 makes groups of 3 ranks, and there are 2"), ({"strategy": "zero2"}, "give --strategy zero1"), ({"strategy": "fsdp"}, "give --strategy zero1"),
-    ({"cp": 2}, "--pp 2 --cp 2 makes groups of 4 ranks"), ({"ep": 2}, "give --pp or one of these"), ({"lora_rank": 2}, "--lora_rank 2"),
+    ({"cp": 2}, "--pp 2 --cp 2 makes groups of 4 ranks"), ({"ep": 2}, "does not go with --n_experts and --ep"), ({"lora_rank": 2}, "--lora_rank"),
     ({"torch_compile": True}, "--torch_compile"), ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"), ({"sample_prompt": "a"}, "tools.generate"),
-    ({"do_predict": True, "do_train": True}, "in a start without --pp"), ({"check_replicas": 5}, "stages hold different ones"),
-    ({"save_on_each_node": True}, "an output_dir that all hosts share"), ({"metric": True}, "gives its summed loss and no logits"),
+    ({"do_predict": True, "do_train": True}, "in a start without this"), ({"check_replicas": 5}, "stages hold different ones"),
+    ({"save_on_each_node": True}, "an output_dir that all hosts share"), ({"metric": True}, "part of the summed loss and no logits"),
     ({"own_loss": True}, "compute_loss of loss.py, and this is another")])
 def test_what_does_not_work_is_refused_by_name(ranks, tmp_path, changes, said):
     for message in on_ranks(ranks, refused, tmp_path, world_size=2, **{"pp": 2, **changes}):
