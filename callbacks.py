@@ -62,15 +62,15 @@ class Callbacks:
     def __init__(self, callbacks: list):
         self.callbacks, self.control = list(callbacks), Control()
         self.dataloaders: dict = {"train_dataloader": None, "eval_dataloader": None}
-        self.heard = True        # whether on some rank a callback listens to what happens within an update
         self.late: set[str] = set()     # flags that this rank wants and that no callback has set
         self.unwritten: list[str] = []      # rows that did not get onto a full disk (--save_errors continue)
 
     def fire(self, event: str, run: Run, **kwargs) -> None:
         """Calls `event` on every callback, then agrees on the flags over ranks: a flag set on any rank is set on all. After an update that is
-        left out if no callback listens that could set one, and no rank wanted anything when its samples were counted."""
-        if event == "on_step_begin":
-            run.world.stop["asked"] = None      # an update of one's own may count nothing
+        left out if no rank has asked for it when samples were counted: none wants anything, or has a callback that may come to."""
+        if event == "on_step_begin" and run.world.world_size > 1:
+            wishes = self.late or run.args.max_time is not None or any(self.listeners(event) for event in IN_UPDATES)
+            run.world.stop.update(wish=bool(wishes), asked=True)        # asked: an update of one's own may count nothing
         for flag in CLEARED_BEFORE.get(event, ()):
             setattr(self.control, flag, False)
         for method in self.listeners(event):
@@ -79,22 +79,19 @@ class Callbacks:
             vars(self.control).update(vars(changed) if isinstance(changed, Control) else {})
         if event in AGREED_AFTER and run.world.world_size == 1:
             self.control.stop_code = run.world.stop["code"]
-        elif event in AGREED_AFTER and (event != "on_step_end" or self.heard or run.args.max_time is not None or run.world.stop["asked"] is not False):
-            heard = any(self.listeners(event) for event in IN_UPDATES)
+        elif event in AGREED_AFTER and (event != "on_step_end" or run.world.stop["asked"]):
             wanted = [getattr(self.control, flag) or flag in self.late for flag in FLAGS]
-            *flags, heard, self.control.stop_code = run.world.max(*map(int, wanted), int(heard), run.world.stop["code"])
+            *flags, self.control.stop_code = run.world.max(*map(int, wanted), run.world.stop["code"])
             for flag, value in zip(FLAGS, flags):
                 setattr(self.control, flag, bool(value))
-            self.heard, run.world.stop["wish"] = bool(heard), False
             self.late.clear()
 
     def put_off(self, world: World) -> None:
         """Flags that something else than a callback has set on this rank, such as a loss function, wait until all ranks know of them."""
-        if world.world_size > 1 and not self.heard:
+        if world.world_size > 1 and not world.stop["asked"]:
             self.late |= {flag for flag in FLAGS if getattr(self.control, flag)}
             for flag in self.late:
                 setattr(self.control, flag, False)
-            world.stop["wish"] = bool(self.late)
 
     def listeners(self, event: str) -> list:
         """What callbacks do at an event; the methods of Callback do nothing."""

@@ -45,7 +45,7 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
         from parallel.context import split_sequences
         split_sequences(model, args, world)
     if args.pp > 1:
-        from parallel.pipeline import PipelineParallel, PipelineOfParts
+        from parallel.pipeline import PipelineOfParts, PipelineParallel
         return (PipelineOfParts if args.tp > 1 else PipelineParallel)(model, args, world)
     if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
         return sharded(model, args, world)

@@ -391,7 +391,7 @@ def catching_signals(run: Run) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop; a second one stops the process at once."""
     in_main = threading.current_thread() is threading.main_thread()     # Python delivers signals to the main thread alone
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if in_main}
-    run.world.stop.update(code=0, wish=False, asked=None)       # of an earlier run in this world
+    run.world.stop["code"] = 0      # of an earlier run in this world
 
     def catch(number, frame):       # print is not safe in a handler
         os.write(2, b"\nstopping after this update (on several ranks perhaps the next), and the evaluation if one is running; once more stops at once, without saving\n")

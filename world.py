@@ -52,8 +52,8 @@ class World:
     copies: int = 1                          # neighbouring ranks that read the same samples (--cp, --tp)
     stages: int = 1                          # and as many times all of the data is read, by one stage of the pipelines after the other (--pp)
     groups: dict = field(default_factory=dict)      # of model parallelism: by flag the process group that this rank is in
-    # code: the exit code that this rank wants to stop with; wish: it has another; asked: whether some rank had one at the last `count`, None if there was none
-    stop: dict = field(default_factory=lambda: {"code": 0, "wish": False, "asked": None})
+    # code: the exit code that this rank wants to stop with; wish: it may want something else; asked: whether some rank did at the last `count`
+    stop: dict = field(default_factory=lambda: {"code": 0, "wish": False, "asked": True})
     status: dict = field(default_factory=lambda: {"state": "running", "step": 0, "reason": "", "exit": None, "started": time.time()})
     on_exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)     # what is to be undone when the world is closed
     clock: Clock = field(default_factory=Clock)
@@ -78,7 +78,7 @@ class World:
 
     def count(self, *values: int) -> list[int]:
         """Numbers of samples or items that ranks have read, added up; what several ranks have read alike counts once. Whether some rank
-        wants to stop, or something else, travels along: a message of its own would cost as much, 1.5 ms over gloo."""
+        wants to stop, or something else, travels along: a message of its own would cost 1.5 ms over gloo."""
         counts = self.rank % self.copies == 0 and self.rank < self.world_size // self.stages
         *totals, asked = self.sum(*(values if counts else [0] * len(values)), int(self.stop["code"] != 0 or self.stop["wish"]))
         self.stop["asked"] = asked > 0

@@ -23,8 +23,8 @@ share its layers and sequences (--tp, --cp), then each hands its tokens (B, T/(c
 """
 from __future__ import annotations
 
-from itertools import chain
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import torch
@@ -48,6 +48,7 @@ REFUSED = {
     **REFUSED_ELSEWHERE,
     "lora_rank": "changes which weights are saved, by names that a stage does not have",
     "lora_adapter": "changes which weights are saved, by names that a stage does not have",
+    "report_histograms": "has the weights of rank 0, which are those of a stage",
     "check_replicas": "compares the weights of all ranks, and stages hold different ones",
     "save_on_each_node": "needs all of the model on each host, so give an output_dir that all hosts share"}
 

@@ -169,7 +169,7 @@ def refused(output_dir, world_size: int, foreign: bool = False, tied: bool = Fal
     ({"pp": 3}, "--pp 3 makes groups of 3 ranks, and there are 2"), ({"strategy": "zero2"}, "give --strategy zero1"), ({"strategy": "fsdp"}, "give --strategy zero1"),
     ({"cp": 2}, "--pp 2 --cp 2 makes groups of 4 ranks"), ({"ep": 2}, "does not go with --n_experts and --ep"), ({"lora_rank": 2}, "--lora_rank"),
     ({"torch_compile": True}, "--torch_compile"), ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"), ({"sample_prompt": "a"}, "tools.generate"),
-    ({"do_predict": True, "do_train": True}, "in a start without this"), ({"check_replicas": 5}, "stages hold different ones"),
+    ({"do_predict": True, "do_train": True}, "in a start without this"), ({"check_replicas": 5}, "stages hold different ones"), ({"report_histograms": True, "report_to": "tensorboard"}, "--report_histograms"),
     ({"save_on_each_node": True}, "an output_dir that all hosts share"), ({"metric": True}, "part of the summed loss and no logits"),
     ({"own_loss": True}, "compute_loss of loss.py, and this is another")])
 def test_what_does_not_work_is_refused_by_name(ranks, tmp_path, changes, said):
