@@ -351,17 +351,7 @@ def check_args(args: TrainArgs, problems: Iterable[str] = (), bad: Iterable[str]
         need(f"{name} n_experts", a.n_experts or getattr(a, name) == getattr(TrainArgs, name), f"--{name} needs --n_experts")
     need("n_experts experts_per_token", not a.n_experts or a.experts_per_token <= a.n_experts,
          f"experts_per_token={a.experts_per_token} must be at most n_experts={a.n_experts}")
-    for name, given, reason in (("strategy", a.strategy != "ddp", f"{a.strategy}, which would split experts once more: give --strategy ddp"),
-                                ("sample_prompt", a.sample_prompt is not None, "as ranks could write texts of different lengths: use tools/generate.py on a checkpoint"),
-                                ("bf16_full_eval", a.bf16_full_eval, "which casts whole weights: use --bf16"),
-                                ("fp16_full_eval", a.fp16_full_eval, "which casts whole weights: use --fp16"),
-                                ("save_on_each_node", a.save_on_each_node, "as a host may hold some experts only: give an output_dir that all hosts share")):
-        need(f"ep {name}", a.ep == 1 or not given, f"--ep {a.ep} does not go with --{name} {reason}")
     need("pp_schedule pp", a.pp > 1 or a.pp_schedule == "1f1b", f"--pp_schedule {a.pp_schedule} is the order of work in a pipeline: give --pp too")
-    need("pp n_experts ep", a.pp == 1 or not a.n_experts and a.ep == 1, f"--pp {a.pp} does not go with --n_experts and --ep, whose balance loss is added up over all "
-         f"layers: leave it or them away")
-    need("n_experts cp tp", not a.n_experts or a.cp == a.tp == 1, "--n_experts does not go with --cp and --tp, whose ranks have parts of tokens and of layers: "
-         "leave it or them away; --ep shares experts out")
     need("n_experts lora_rank lora_adapter", not a.n_experts or a.lora_rank is a.lora_adapter is None,
          "--lora_rank and --lora_adapter are for linear layers, and --n_experts makes stacked ones: train the model as a whole")
     need("streaming dataset", not a.streaming or a.dataset is not None, "--streaming needs --dataset: the default data is read whole")

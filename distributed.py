@@ -47,11 +47,11 @@ def parallelize(model: nn.Module, args, world: World) -> Parallel:
     if args.pp > 1:
         from parallel.pipeline import PipelineOfParts, PipelineParallel
         return (PipelineOfParts if args.tp > 1 else PipelineParallel)(model, args, world)
-    if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
-        return sharded(model, args, world)
     if args.ep > 1:
         from parallel.experts import ExpertParallel
         return ExpertParallel(model, args, world)
+    if world.world_size > 1 and args.strategy in ("fsdp", "hsdp"):
+        return sharded(model, args, world)
     model.to(world.device)
     return Parallel(model, world) if world.world_size == 1 else data_parallel(model, args, world)
 

@@ -28,7 +28,9 @@ from model import GPT, Attention
 from state import UsageError
 from world import World
 
-REFUSED = {     # flags by which the model would be called for something else than its loss, or would look at whole sequences
+REFUSED = {     # flags by which the model would be called for something else than its loss, or would look at whole sequences or all layers
+    "n_experts": "adds a balance loss of whole sequences, and of all layers, to the loss",
+    "ep": "shares out what --n_experts makes, which does not go with this either",
     "torch_compile": "does not see through exchanges between ranks",
     "neftune_noise_alpha": "scales its noise by the length of a sequence, of which a rank has a part",
     "do_predict": "needs outputs that no rank has whole, so predict with a checkpoint, in a start without this",

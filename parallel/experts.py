@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from collators import IGNORE
 from distributed import local_part, materialize
 from model import GPT
+from parallel.context import refuse_flags
 from state import UsageError
 from world import World
 from zero import DataParallel, Part, share, whole_parameters
@@ -152,6 +153,14 @@ class ExpertGPT(GPT):
         return sum(p.numel() // e.n_experts * (e.n_experts - e.k) for e in (block.experts for block in self.blocks) for p in (e.up, e.down))
 
 
+REFUSED = {
+    "strategy": "would split experts once more, unless it is ddp",
+    "sample_prompt": "lets ranks write texts of different lengths, as python -m tools.generate does with a checkpoint",
+    "bf16_full_eval": "casts whole weights, where --bf16 does not",
+    "fp16_full_eval": "casts whole weights, where --fp16 does not",
+    "save_on_each_node": "needs all of the model on each host, so give an output_dir that all hosts share"}
+
+
 class ExpertParallel(DataParallel):
     """ddp, but for the experts: a group of `ep` ranks holds them once, and world_size / ep ranks hold the same ones.
 
@@ -159,6 +168,7 @@ class ExpertParallel(DataParallel):
     `train_step` wants, is therefore the mean over the ranks that hold the same expert, divided by ep."""
 
     def __init__(self, model: nn.Module, args, world: World):
+        refuse_flags(args, "ep", REFUSED)
         layers, mesh = [module for module in model.modules() if isinstance(module, Experts)], world.device_mesh
         if problem := "this is one process: start more with torchrun" if mesh is None else "the model has none: give --n_experts" if not layers else \
                 f"the model has {layers[0].n_experts}: give a multiple of it" if layers[0].n_experts % args.ep else "":

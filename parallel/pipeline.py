@@ -55,9 +55,9 @@ REFUSED = {
 
 def refuse(model: nn.Module, args, stages: int) -> None:
     """Raises UsageError for what cannot be cut into stages, with the nearest that can."""
+    refuse_flags(args, "pp", REFUSED)
     if type(model) is not GPT:
         raise UsageError(f"--pp cuts the built-in GPT of model.py into stages, and this is a {type(model).__name__}: use --strategy fsdp")
-    refuse_flags(args, "pp", REFUSED)
     if args.tp > 1 and args.strategy != "ddp":
         raise UsageError(f"--pp {args.pp} --tp {args.tp} goes with --strategy ddp, and not with {args.strategy}: give that, and more of --pp or --tp, which split what it would")
     if args.strategy not in ("ddp", "zero1"):

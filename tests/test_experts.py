@@ -203,7 +203,7 @@ class Meddle(Callback):
     (2, {"callbacks": [Meddle()], "check_replicas": 1}, "update 2: rank 1 holds other weights"),
     (2, {"optim": "adafactor"}, "Adafactor looks at 4 weights of experts as a whole"),
     (3, {}, "--ep 2 shares experts out among 2 ranks, and there are 3"), (1, {}, "this is one process"),
-    (2, {"strategy": "fsdp"}, "--ep 2 does not go with --strategy fsdp, which would split experts once more: give --strategy ddp"),
+    (2, {"strategy": "fsdp"}, "--ep 2 and --strategy do not go together: it would split experts once more, unless it is ddp"),
     (3, {"ep": 3}, "the model has 4: give a multiple")])
 def test_what_experts_cannot_be_shared_out_under_is_refused_by_name(ranks, tmp_path, world_size, changes, said):
     for message in on_ranks(ranks, refused, tmp_path, world_size=world_size, finish=finish, **{"ep": 2, **changes}):

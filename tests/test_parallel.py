@@ -243,7 +243,7 @@ def refused(output_dir, world_size: int, foreign: bool = False, metric: bool = F
 @pytest.mark.parametrize("changes, said", [
     ({"cp": 2, "foreign": True}, "the built-in GPT of model.py, and this is a Sequential: use --strategy fsdp"),
     ({"cp": 2, "n_head": 3}, "--cp 2 does not divide the 3 attention heads, of which each rank takes as many: give 3, or another --n_head"),
-    ({"cp": 2, "torch_compile": True}, "--cp 2 and --torch_compile do not go together"), ({"cp": 2, "neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
+    ({"tp": 2, "n_experts": 2}, "--tp 2 and --n_experts do not go together"), ({"cp": 2, "torch_compile": True}, "--cp 2 and --torch_compile do not go together"), ({"cp": 2, "neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
     ({"cp": 2, "do_predict": True, "do_train": True}, "in a start without this"), ({"cp": 2, "sample_prompt": "a"}, "tools.generate"),
     ({"cp": 2, "metric": True}, "part of the summed loss and no logits"), ({"cp": 3}, "--cp 3 makes groups of 3 ranks, and there are 2"),
     ({"tp": 2, "foreign": True}, "the built-in GPT of model.py, and this is a Sequential: use --strategy fsdp"),

@@ -167,7 +167,7 @@ def refused(output_dir, world_size: int, foreign: bool = False, tied: bool = Fal
 @pytest.mark.parametrize("changes, said", [
     ({"foreign": True}, "the built-in GPT of model.py into stages, and this is a Sequential: use --strategy fsdp"), ({"tied": True}, "one weight (tied)"),
     ({"pp": 3}, "--pp 3 makes groups of 3 ranks, and there are 2"), ({"strategy": "zero2"}, "give --strategy zero1"), ({"strategy": "fsdp"}, "give --strategy zero1"),
-    ({"cp": 2}, "--pp 2 --cp 2 makes groups of 4 ranks"), ({"ep": 2}, "does not go with --n_experts and --ep"), ({"lora_rank": 2}, "--lora_rank"),
+    ({"cp": 2}, "--pp 2 --cp 2 makes groups of 4 ranks"), ({"ep": 2}, "--pp 2 and --ep do not go together"), ({"n_experts": 2}, "--n_experts"), ({"lora_rank": 2}, "--lora_rank"),
     ({"torch_compile": True}, "--torch_compile"), ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"), ({"sample_prompt": "a"}, "tools.generate"),
     ({"do_predict": True, "do_train": True}, "in a start without this"), ({"check_replicas": 5}, "stages hold different ones"), ({"report_histograms": True, "report_to": "tensorboard"}, "--report_histograms"),
     ({"save_on_each_node": True}, "an output_dir that all hosts share"), ({"metric": True}, "part of the summed loss and no logits"),
