@@ -97,6 +97,13 @@ class World:
             dist.all_reduce(tensor, op)
         return tensor.tolist()
 
+    def of_first(self, values: list[int], group: dist.ProcessGroup) -> list[int]:
+        """Host integers of a group's first rank, on all of its ranks."""
+        tensor = torch.tensor(values)
+        with self.clock.within("communication"):
+            dist.broadcast(tensor, group=group, group_src=0)
+        return tensor.tolist()
+
     def add(self, tensor: Tensor) -> Tensor:
         """A device tensor summed over ranks; the host does not wait for an accelerator."""
         if self.world_size > 1:

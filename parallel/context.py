@@ -42,7 +42,7 @@ def split_sequences(model: nn.Module, args, world: World) -> None:
     the summed loss of T / N tokens. Raises UsageError for what cannot be split."""
     refuse(model, args)
     group = world.groups["cp"]
-    model.register_forward_pre_hook(partial(begin, group=group, multiple=world.copies), with_kwargs=True)
+    model.register_forward_pre_hook(partial(begin, world=world), with_kwargs=True)
     model.embed.register_forward_pre_hook(lambda embed, inputs: piece(inputs[0], group), prepend=True)      # to come before those of --tp
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         attention.qkv.register_forward_hook(lambda qkv, inputs, output: to_heads(output, group))
@@ -50,7 +50,7 @@ def split_sequences(model: nn.Module, args, world: World) -> None:
 
 
 def refuse(model: nn.Module, args) -> None:
-    if not isinstance(model, GPT):
+    if type(model) is not GPT:
         raise UsageError(f"--cp splits the sequences of the built-in GPT of model.py, and this is a {type(model).__name__}: "
                          f"use --strategy fsdp and --activation_checkpointing, or hook its attention as parallel/context.py does")
     refuse_flags(args, "cp", REFUSED)
@@ -67,24 +67,28 @@ def refuse_flags(args, ours: str, reasons: dict[str, str]) -> None:
             raise UsageError(f"--{ours} {getattr(args, ours)} and --{name} do not go together: it {reason}. Leave one of them away")
 
 
-def begin(model: nn.Module, args: tuple, kwargs: dict, group: dist.ProcessGroup, multiple: int) -> tuple[tuple, dict]:
+def begin(model: nn.Module, args: tuple, kwargs: dict, world: World) -> tuple[tuple, dict]:
     """Before the model's forward: all of the batch, but of the labels this rank's piece."""
-    _, given = agree(model, args, kwargs, group, multiple)
-    return (), {**given, "labels": piece(given["labels"], group)}
+    _, given = agree(model, args, kwargs, world, world.groups["cp"])
+    return (), {**given, "labels": piece(given["labels"], world.groups["cp"])}
 
 
-def agree(model: nn.Module, args: tuple, kwargs: dict, group: dist.ProcessGroup, multiple: int) -> tuple[tuple, dict]:
-    """What a model is called with on the first rank of a group, on all of them, padded to a multiple with tokens that nobody looks at."""
+def agree(model: nn.Module, args: tuple, kwargs: dict, world: World, group: dist.ProcessGroup) -> tuple[tuple, dict]:
+    """What a model is called with on the first rank of a group, on all of them: a data set may draw with generators that differ over ranks.
+    Padded, to a length that ranks can share, with tokens that nobody looks at."""
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     if given.get("labels") is None or given.get("cache") is not None:
         raise UsageError("with --cp, --tp and --pp the model gives this rank's part of the summed loss and no logits: leave away what asks for them "
                          "(compute_metrics, a loss of logits, generation), or do it with a checkpoint, in a start without these")
-    missing = -given["input_ids"].shape[1] % multiple
-    fills = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}       # 0: a document of its own
-    padded = {name: F.pad(given[name].long(), (0, missing), value=fill) for name, fill in fills.items() if given.get(name) is not None}
-    together = torch.stack([*padded.values()])
-    dist.broadcast(together, group=group, group_src=0)      # a data set may draw with generators that differ over ranks
-    return (), {**given, **dict(zip(padded, together))}
+    ids = given["input_ids"]
+    fills = {name: fill for name, fill in (("input_ids", 0), ("labels", IGNORE), ("position_ids", 0)) if given.get(name) is not None}   # 0: a document of its own
+    B, T = world.of_first(list(ids.shape), group)
+    together = ids.new_empty(len(fills), B, T + -T % world.copies, dtype=torch.int64)
+    if group.rank() == 0:
+        for tensor, (name, fill) in zip(together, fills.items()):
+            tensor.copy_(F.pad(given[name], (0, -T % world.copies), value=fill))
+    dist.broadcast(together, group=group, group_src=0)
+    return (), {**given, **dict(zip(fills, together))}
 
 
 def piece(sequences: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -68,8 +68,9 @@ def refuse(model: nn.Module, args, stages: int) -> None:
     if model.head.weight is model.embed.weight:
         raise UsageError("--pp puts the embedding and the head on different ranks, and here they are one weight (tied): untie them, or use --strategy zero1 without --pp")
     for s in range(stages):
-        if not any(p.requires_grad for i in blocks_of(s, stages, len(model.blocks)) for p in model.blocks[i].parameters()):
-            raise UsageError(f"--pp {stages}: no block of stage {s} is trained, so it would wait for nothing: freeze fewer blocks, give fewer stages, or use --strategy fsdp")
+        ends = [model.embed] * (s == 0) + [model.norm, model.head] * (s + 1 == stages)
+        if not any(p.requires_grad for module in [*ends, *(model.blocks[i] for i in blocks_of(s, stages, len(model.blocks)))] for p in module.parameters()):
+            raise UsageError(f"--pp {stages}: nothing of stage {s} is trained, so its ranks would have no optimizer: freeze less, give fewer stages, or use --strategy fsdp")
 
 
 def blocks_of(stage: int, stages: int, n_layer: int) -> range:
@@ -143,7 +144,7 @@ class Stages(Parallel):
         self.stage, self.last = self.pipe.rank(), self.pipe.rank() + 1 == self.pipe.size()
         whole = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
                  for name, tensor in model.state_dict(keep_vars=True).items()}
-        built, on_meta = [*model.named_modules()], model.embed.weight.is_meta
+        built, on_meta = [*model.named_modules()], model.embed.weight.is_meta        # of all stages: each draws its weights as if it were whole
         if not on_meta and args.tp == 1:
             share([*model.parameters(), *model.buffers()])
         keep_stage(model, self.stage, self.pipe.size())
@@ -157,7 +158,7 @@ class Stages(Parallel):
         self.group = dist.group.WORLD if args.strategy == "zero1" else world.groups["model"]       # what adds up to the norm of all gradients
         held = dict(model.named_parameters())
         model.idle_parameters = -sum(tensor.numel() for name, tensor in whole.items() if name not in {*held, "embed.weight"})     # other ranks compute with these
-        model.register_forward_pre_hook(partial(agree, group=world.groups["model"], multiple=world.copies), with_kwargs=True, prepend=True)
+        model.register_forward_pre_hook(partial(agree, world=world, group=world.groups["model"]), with_kwargs=True, prepend=True)
         model.register_forward_pre_hook(self.receive, with_kwargs=True)
         model.register_forward_hook(self.send)
         self.shape, self.schedule = (), None
@@ -178,13 +179,16 @@ class Stages(Parallel):
         self.num_items, self.losses = num_items, []
         self.scale = one if scaler is None else scaler.scale(one)       # on all stages: each divides its gradients by it again
         with self.world.clock.within("communication"):
-            _, batch = agree(run.model, (), join(window, self.world.device), groups["model"], self.world.copies)
+            _, batch = agree(run.model, (), join(window, self.world.device), self.world, groups["model"])
             if run.args.cp > 1:
-                _, batch = begin(run.model, (), batch, groups["cp"], self.world.copies)
+                _, batch = begin(run.model, (), batch, self.world)
             schedule = self.prepare(run, len(window), batch["input_ids"])
             inputs = [batch.pop("input_ids")] if self.stage == 0 else []
             labels = batch.pop("labels")
-            schedule.step(*inputs, **batch, **({"labels": labels} if self.last else {}), target=torch.empty(len(window)), return_outputs=False)
+            try:
+                schedule.step(*inputs, **batch, **({"labels": labels} if self.last else {}), target=torch.empty(len(window)), return_outputs=False)
+            except RuntimeError as error:       # torch's stages wrap what happens in them, so that nobody knows it again
+                raise error.__cause__ or error
             with self.grad_sync(last=True):     # the gradients of all micro-batches have been added up
                 pass
         for _ in window[1:]:
@@ -200,12 +204,12 @@ class Stages(Parallel):
     def prepare(self, run: Run, n: int, ids: Tensor):
         """The schedule of n micro-batches of this shape: torch's stages have buffers of one shape, and a window that is like the one before takes
         its. 1f1b with fewer micro-batches than stages is gpipe."""
-        rows, T = ids.shape
-        if self.shape != (n, rows, T):
-            ids = torch.empty(rows // n, T, dtype=torch.int64, device="meta")
-            activations = torch.empty(rows // n, T // self.world.copies, self.C, dtype=self.dtype, device="meta", requires_grad=True)
+        B, T = len(ids) // n, ids.shape[1]
+        if self.shape != (n, B, T):
+            ids = torch.empty(B, T, dtype=torch.int64, device="meta")
+            activations = torch.empty(B, T // self.world.copies, self.C, dtype=self.dtype, device="meta", requires_grad=True)
             kind = ScheduleGPipe if self.gpipe or n < self.pipe.size() else Schedule1F1B
-            self.shape = (n, rows, T)
+            self.shape = (n, B, T)
             self.schedule = kind(TrainedStage(run, self.pipe, ids, activations), n, loss_fn=self.weigh, scale_grads=False)
         return self.schedule
 
@@ -238,7 +242,10 @@ class PipelineOfParts(Stages, ReplicatedParts):
 def join(window: list[Batch], device: torch.device) -> dict[str, Tensor]:
     """The micro-batches of a window one below the other, (m * B, T) of the largest B and T, filled with what has no label: columns behind the others,
     which no token looks at, documents of their own, and samples. So a filler micro-batch, num_samples 0, has none either."""
-    fills = {"input_ids": 0, "labels": IGNORE, **({"position_ids": 0} if "position_ids" in window[0] else {})}
+    packed = ["position_ids" in micro_batch for micro_batch in window]
+    if any(packed) and not all(packed):
+        raise UsageError("some micro-batches of an update have position_ids and others have none: let the collator give them to all, or to none")
+    fills = {"input_ids": 0, "labels": IGNORE, **({"position_ids": 0} if packed[0] else {})}
     shapes = [labels_of(micro_batch).shape for micro_batch in window]
     B, T = max(rows for rows, _ in shapes), max(columns for _, columns in shapes)
 

@@ -49,11 +49,14 @@ def split_layers(model: nn.Module, args, world: World) -> None:
     plan = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)), "norm": norm, "head": into,
             "blocks.*.attn_norm": norm, "blocks.*.attn.qkv": into, "blocks.*.attn.out": out_of,
             "blocks.*.mlp_norm": norm, "blocks.*.up": into, "blocks.*.down": out_of}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     parallelize_module(model, mesh, plan, src_data_rank=None)
+    for name, p in model.named_parameters():        # SequenceParallel forgets it
+        p.requires_grad_(name in trained)
     if on_meta and args.strategy == "ddp" and args.pp == 1:     # else the parts are cut first
         materialize(model, world.device)
     model.head_loss = partial(split_head_loss, mesh=mesh, vocab_size=model.vocab_size)
-    model.register_forward_pre_hook(partial(agree, group=mesh.get_group(), multiple=world.copies), with_kwargs=True)
+    model.register_forward_pre_hook(partial(agree, world=world, group=mesh.get_group()), with_kwargs=True)
 
 
 REFUSED_HERE = {**REFUSED, "lora_rank": "does not cut adapters", "lora_adapter": "does not cut adapters",
@@ -66,7 +69,7 @@ REFUSED_HERE = {**REFUSED, "lora_rank": "does not cut adapters", "lora_adapter":
 
 def refuse(model: nn.Module, args, world: World) -> None:
     """What cannot be cut, in our words."""
-    if not isinstance(model, GPT):
+    if type(model) is not GPT:
         raise UsageError(f"--tp cuts the layers of the built-in GPT of model.py, and this is a {type(model).__name__}: "
                          f"use --strategy fsdp, or give split_layers of parallel/tensor.py a plan for it")
     if args.strategy not in ("ddp", "fsdp") and args.pp == 1:

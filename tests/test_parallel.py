@@ -163,20 +163,27 @@ def test_ranks_that_share_layers_agree_on_the_loss_scale(ranks, tmp_path):
     assert on_ranks(ranks, overflowing, tmp_path / "tp", world_size=2, tp=2) == [expected, expected]
 
 
+def collate(samples: list[dict]) -> dict:
+    """Shorter samples are filled up at the right."""
+    fills = {"input_ids": 0, "labels": -100, "position_ids": 0}
+    batch = {name: nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=fills[name]) for name in samples[0]}
+    return {**batch, "num_items": int((batch["labels"] != -100).sum())}
+
+
 class Noisy:
-    """Samples that are drawn anew, by the global generator, each time they are read."""
+    """Samples that are drawn anew, by the global generator, each time they are read, and so are their lengths."""
 
     def __len__(self):
         return SAMPLES
 
     def __getitem__(self, i):
-        ids = torch.randint(VOCAB, (LENGTH,))
-        return {"input_ids": ids, "labels": torch.where(torch.rand(LENGTH) < 0.5, ids, -100)}
+        ids = torch.randint(VOCAB, (int(torch.randint(3, LENGTH + 1, ())),))
+        return {"input_ids": ids, "labels": torch.where(torch.rand(len(ids)) < 0.5, ids, -100)}
 
 
 def on_noise(output_dir, world_size: int, **changes):
     args = settings(output_dir, 1, eval_strategy="no", max_steps=4, **changes)
-    with toy_run(args, model=heads4(), train_set=Noisy()) as (run, loader, _):
+    with toy_run(args, model=heads4(), train_set=Noisy(), collate=collate) as (run, loader, _):
         train(run, loader, None, compute_loss)
         return weights(run), [row["loss"] for row in rows(output_dir) if "loss" in row]
 

@@ -1,5 +1,6 @@
 """A model in stages on several ranks is the same training: the weights and losses of one process."""
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from callbacks import Callback
 from loop import train
 from loss import compute_loss
 from state import UsageError
-from tests.test_parallel import SAMPLES, Noisy, heads4, on_ranks, texts
+from tests.test_parallel import SAMPLES, Noisy, collate, heads4, on_ranks, texts
 from tests.test_strategies import call, held_state, join
 from tests.toy import VOCAB, arguments, rows, toy_run, weights
+from tools.chaos import exit_codes, said, start
 
 LOGGED = ("loss", "grad_norm", "eval_loss")
 
@@ -39,17 +41,13 @@ class Substeps(Callback):
         self.count += 1
 
 
-def collate(samples: list[dict]) -> dict:
-    """Shorter samples are filled up at the right."""
-    fills = {"input_ids": 0, "labels": -100, "position_ids": 0}
-    batch = {name: nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=fills[name]) for name in samples[0]}
-    return {**batch, "num_items": int((batch["labels"] != -100).sum())}
-
-
-def finish(output_dir, world_size: int, dtype: torch.dtype = torch.float64, packed: bool = False, n_layer: int = 5, **changes):
+def finish(output_dir, world_size: int, dtype: torch.dtype = torch.float64, packed: bool = False, n_layer: int = 5, frozen: tuple = (), **changes):
     """This rank's weights at the end, all losses and norms, and what was counted."""
     args, substeps = settings(output_dir, data_ranks(world_size, changes), **changes), Substeps()
-    model, train_set, eval_set = heads4(dtype, n_layer=n_layer), ragged(SAMPLES, packed=packed), ragged(5, seed=1, packed=packed)
+    model = heads4(dtype, n_layer=n_layer)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not any(part in name for part in frozen))
+    train_set, eval_set = ragged(SAMPLES, packed=packed), ragged(5, seed=1, packed=packed)
     with toy_run(args, model=model, train_set=train_set, eval_set=eval_set, collate=collate, callbacks=[substeps]) as (run, train_loader, eval_loader):
         train(run, train_loader, eval_loader, compute_loss)
         state = run.state
@@ -100,15 +98,41 @@ def test_half_precision_goes_by_the_same_scale_and_loss_on_all_stages(ranks, tmp
         close(on_ranks(ranks, finish, tmp_path / kind, world_size=2, pp=2, **changes), expected, tolerance=1e-2)
 
 
+def test_what_is_frozen_stays_so_and_a_stage_may_train_its_head_alone(ranks, tmp_path):
+    changes = {"frozen": ("embed", "norm", "blocks.0", "blocks.2", "blocks.3", "blocks.4"), "max_steps": 3, "eval_strategy": "no"}
+    close(on_ranks(ranks, finish, tmp_path / "pp", world_size=4, pp=2, tp=2, **changes), finish(tmp_path / "one", 1, **changes))
+
+
 def on_noise(output_dir, world_size: int, **changes):
-    args = settings(output_dir, eval_strategy="no", max_steps=3, **changes)
-    with toy_run(args, model=heads4(), train_set=Noisy()) as (run, loader, _):
-        train(run, loader, None, compute_loss)
-        return weights(run), [row["loss"] for row in rows(output_dir) if "loss" in row], []
+    args = settings(output_dir, eval_steps=2, max_steps=3, **changes)
+    with toy_run(args, model=heads4(), train_set=Noisy(), eval_set=Noisy(), collate=collate) as (run, train_loader, eval_loader):
+        train(run, train_loader, eval_loader, compute_loss)
+        return weights(run), [row[key] for row in rows(output_dir) for key in LOGGED if key in row], []
 
 
 def test_stages_see_the_same_samples_even_if_the_data_set_draws_them(ranks, tmp_path):
     close(on_ranks(ranks, on_noise, tmp_path / "pp", world_size=2, pp=2), on_noise(tmp_path / "one", 1))
+
+
+def break_down(*_):
+    raise UsageError("a block that breaks down", 7)
+
+
+def broken(output_dir: str) -> None:
+    model = heads4()
+    if os.environ["RANK"] == "3":
+        model.blocks[-1].register_forward_pre_hook(break_down)
+    with toy_run(settings(output_dir, pp=2, tp=2, eval_strategy="no"), model=model, train_set=texts(8)) as (run, train_loader, _):
+        train(run, train_loader, None, compute_loss)
+
+
+def codes_of_broken(folder: str) -> tuple[list[int], str]:
+    return exit_codes(start(f"{folder}/log", 4, broken, folder), folder), said(f"{folder}/log")
+
+
+def test_an_error_inside_of_a_stage_is_told_by_all_ranks_as_it_is(fresh, tmp_path):
+    codes, told = fresh(codes_of_broken, str(tmp_path))
+    assert codes == [7] * 4 and told.count("rank 3 failed with UsageError: a block that breaks down") == 3, told
 
 
 def saved(output_dir, world_size: int, resume=None, **changes):

@@ -102,6 +102,8 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_s: int) -> list[
         print_table(rows, names)
     if failed:
         told = "\n  ".join([":", *failed[:50], *[f"and {len(failed) - 50} more"] * (len(failed) > 50)])
+        if len({*names}) > 1 and any(address.startswith("127.") for _, _, address, _ in cards):
+            told += "\n127.0.0.1 is each host's own address: set GLOO_SOCKET_IFNAME to the interface that leads to the others"
         raise UsageError(f"{len(failed)} of {world_size * (world_size - 1)} connections fail{told if rank == 0 else f', as rank 0 ({names[0]}) tells'}", 6)
     return names
 
