@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -161,27 +161,36 @@ class World:
         self.raise_together(error)
 
 
-opened: Counter[str] = Counter()   # worlds opened by this process, by the address they met at
-
-
 def torchrun_serves() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """Where ranks find each other. Each restart and each world of a process gets keys of its own: a store that outlives
-    a group would else hand out the addresses of dead peers."""
+    """Where ranks find each other. Under torchrun it outlives them, with what they have left there."""
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         if torchrun_serves():     # or it is dead, and nobody will ever answer
             socket.create_connection((host, int(port)), timeout_s).close()
-        store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0 and not torchrun_serves(), multi_tenant=True,
-                              timeout=timedelta(seconds=timeout_s))
+        return dist.TCPStore(host, int(port), world_size, is_master=rank == 0 and not torchrun_serves(), multi_tenant=True,
+                             timeout=timedelta(seconds=timeout_s))
     except (dist.DistError, OSError) as error:
         raise UsageError(f"rank {rank} cannot {'open' if rank == 0 else 'reach'} {host}:{port}, where the ranks meet (MASTER_ADDR, MASTER_PORT): "
                          f"{str(error).splitlines()[0][:160]}", 6) from None
-    opened[f"{host}:{port}"] += 1
-    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{opened[f'{host}:{port}']}", store)
+
+
+def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> tuple[dist.Store, list[str]]:
+    """The part of the store that this start has for itself, else it would hand out the addresses of dead peers, and the hosts of all ranks.
+    Rank 0 names it, as each torchrun counts only some of the restarts, and answers all who ask: those that an earlier start has left there too."""
+    name, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank > 0:
+        store.set(f"asks{rank}", name)
+        name = store.get(name).decode()
+    store.set(f"{name}/host{rank}", f"host {socket.gethostname()} (node {os.environ.get('GROUP_RANK', '0')})")
+    hosts = [f"{name}/host{r}" for r in range(world_size)]
+    while rank == 0 and not store.check(hosts) and time.monotonic() < end:
+        store.multi_set([asking.decode() for asking in store.multi_get([f"asks{r}" for r in range(1, world_size)])], [name] * (world_size - 1))
+        time.sleep(0.001)
+    return dist.PrefixStore(name, store), [host.decode() for host in store.multi_get(hosts)]
 
 
 @contextlib.contextmanager
@@ -219,13 +228,14 @@ def joined(args, rank: int, world_size: int, cuda: bool) -> Iterator[None]:
     if world_size == 1:
         yield
         return
+    store, hosts = meet(store, rank, world_size, args.ddp_timeout)
     # gloo carries the small host-side values, NCCL (where there are GPUs) the gradients
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=timedelta(seconds=args.ddp_timeout))
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        told = explain(error, rank, world_size, store, args.ddp_timeout)
+        told = explain(error, rank, hosts, store, args.ddp_timeout)
         if told is error:
             raise
         raise told from error
@@ -293,8 +303,8 @@ def open_mesh(args, rank: int, world_size: int, device: torch.device, groups: di
 ROLL_CALL_S = 3     # after a failure: how long ranks may take to say what they know
 
 
-def explain(error: BaseException, rank: int, world_size: int, store: dist.Store, timeout_s: float) -> BaseException:
-    """The error itself where it is this rank's own; where a peer was lost, what that one said, or who is silent."""
+def explain(error: BaseException, rank: int, hosts: list[str], store: dist.Store, timeout_s: float) -> BaseException:
+    """The error itself where it is this rank's own; where a peer was lost, what that one said, or who is silent. hosts: of all ranks."""
     lost_peer = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
     ours = os.path.dirname(os.path.abspath(__file__))
     frames = traceback.extract_tb(error.__traceback__)
@@ -308,8 +318,8 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
             store.set(f"left{rank}", "" if lost_peer else json.dumps([f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1)]))
             if lost_peer:
                 with contextlib.suppress(dist.DistStoreError):      # some are silent
-                    store.wait([f"left{r}" for r in range(world_size)], timedelta(seconds=ROLL_CALL_S))
-                told.update({r: store.get(f"left{r}").decode() for r in range(world_size) if store.check([f"left{r}"])})
+                    store.wait([f"left{r}" for r in range(len(hosts))], timedelta(seconds=ROLL_CALL_S))
+                told.update({r: store.get(f"left{r}").decode() for r in range(len(hosts)) if store.check([f"left{r}"])})
     thread = threading.Thread(target=roll_call, daemon=True)    # a store that a stopped rank keeps would never answer
     thread.start()
     thread.join(2 * ROLL_CALL_S)
@@ -319,10 +329,12 @@ def explain(error: BaseException, rank: int, world_size: int, store: dist.Store,
         if message:
             said, code = json.loads(message)
             return UsageError(f"rank {rank} stops in {name} ({line}): rank {r} failed with {said}", code)
-    silent = [r for r in range(world_size) if r not in told] if told else [0]       # rank 0 keeps the store where torchrun does not
-    what = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} did not answer: dead (see its own message), stopped, or busy for longer " \
-           f"than --ddp_timeout {timeout_s} s" if silent else "all ranks answer, so they were in different collectives: look for code that " \
-           "only some ranks run, with fsdp also for blocks of the model"
+    silent = [r for r, host in enumerate(hosts) if (r not in told if told else r == 0 or host == hosts[0] != hosts[rank])]    # the store is on rank 0's
+    several, by_host = len({*hosts}) > 1, {host: [r for r in silent if hosts[r] == host] for host in hosts}
+    who = ", ".join(f"{f'on {host} ' * several}rank{'s' * (len(them) > 1)} {', '.join(map(str, them))}" for host, them in by_host.items() if them)
+    what = f"{who} did not answer: dead (see its own message), stopped, {'cut off, ' * several}or busy for longer than --ddp_timeout {timeout_s} s" \
+        if silent else "all ranks answer, so they were in different collectives: look for code that only some ranks run, with fsdp also for " \
+        "blocks of the model"
     return UsageError(f"rank {rank} lost touch in {name} ({line}): {what}. {str(error).splitlines()[0][:160]}", 6)
 
 

@@ -1,15 +1,19 @@
 """A rank that fails ends the job on all ranks with its own error, and one that hangs is named: real processes, real signals."""
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from loop import train
 from loss import compute_loss
 from state import UsageError
 from tests.toy import arguments, gpt, sequences, toy_run
-from tools.chaos import exit_codes, send, start
+from tools.chaos import exit_codes, send, start, until
+from world import meet
 
 
 def job(folder: str, strategy: str, fault: str, faulty: int, timeout_s: int) -> None:
@@ -67,3 +71,23 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_hits(fresh, tmp_path, strat
 def test_a_rank_that_dies_is_named(fresh, tmp_path):
     (code, said), (faulty_code, _) = fresh(ends, str(tmp_path), "ddp", "die", 1)
     assert faulty_code == -signal.SIGKILL and code == 6 and "rank 1 did not answer" in said
+
+
+def test_ranks_of_a_start_meet_each_other_and_nobody_of_an_earlier_one():
+    """In a store that outlives them. The second time rank 0 is there before the others, and the third time after them."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    clients = [TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=10)) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        for number, order in enumerate([(0, 1, 2), (0, 1, 2), (2, 1, 0)]):
+            if number == 1:
+                asked = server.get("asks1").decode()
+                answer = server.get(asked)
+            coming = {order[0]: threads.submit(meet, clients[order[0]], order[0], 3, 10)}
+            if number == 1:
+                until(lambda asked=asked, answer=answer: server.get(asked) != answer, "rank 0's answer to those who are gone")
+            coming |= {rank: threads.submit(meet, clients[rank], rank, 3, 10) for rank in order[1:]}
+            parts, hosts = zip(*(coming[rank].result() for rank in range(3)))
+            assert not parts[0].check(["number"])
+            parts[0].set("number", str(number))
+            assert [part.get("number") for part in parts] == [b"%d" % number] * 3
+            assert hosts[0] == hosts[1] == hosts[2] and len(hosts[0]) == 3
