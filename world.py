@@ -308,7 +308,7 @@ def explain(error: BaseException, rank: int, hosts: list[str], store: dist.Store
     lost_peer = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
     ours = os.path.dirname(os.path.abspath(__file__))
     frames = traceback.extract_tb(error.__traceback__)
-    here = next((f for f in reversed(frames) if os.path.dirname(f.filename) == ours), frames[-1])
+    here = next((f for f in reversed(frames) if os.path.dirname(f.filename) in (ours, os.path.join(ours, "parallel"))), frames[-1])
     name = next((f.name for f in frames if f.filename.endswith("distributed_c10d.py")), here.name)
     line = f"{os.path.basename(here.filename)}:{here.lineno}"
     told: dict[int, str] = {}
