@@ -21,6 +21,15 @@ WITH_TRANSFORMERS = NAMES[:4]
 QUICK = ["--disable_tqdm", "--seed", "1", "--max_steps", "40", "--warmup_steps", "4", "--logging_steps", "5", "--eval_strategy", "no"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """All tests here read the same part of the sources, which is nobody else's."""
+    yield
+    for module in [sys.modules[name] for name in map("recipes.{}".format, NAMES) if name in sys.modules]:
+        for cached in {"read", "baseline"} & vars(module).keys():
+            getattr(module, cached).cache_clear()
+
+
 @pytest.fixture
 def recipe(request, monkeypatch, tmp_path):
     """A recipe with little to read and to evaluate, that writes nothing outside of tmp_path."""
@@ -33,9 +42,7 @@ def recipe(request, monkeypatch, tmp_path):
     if request.param == "pretraining":
         monkeypatch.setattr(module, "movie_reviews", lambda source: corpora.movie_reviews())        # the short ones
     monkeypatch.chdir(tmp_path)
-    yield module
-    for cached in {"read", "baseline"} & vars(module).keys():      # of a part of the sources, which is nobody else's
-        getattr(module, cached).cache_clear()
+    return module
 
 
 def run(recipe, *argv: str):
