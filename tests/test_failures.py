@@ -62,9 +62,9 @@ def test_a_rank_that_raises_ends_all_with_its_own_error(fresh, tmp_path, strateg
 @pytest.mark.parametrize("strategy, faulty", [("ddp", 1), ("fsdp", 0)])
 def test_a_rank_that_hangs_is_named_when_the_timeout_hits(fresh, tmp_path, strategy, faulty):
     """Gloo obeys --ddp_timeout. The message names the collective and the line that waited in it."""
-    (code, said), (faulty_code, _) = fresh(ends, str(tmp_path), strategy, "hang", faulty, 4)
+    (code, said), (faulty_code, _) = fresh(ends, str(tmp_path), strategy, "hang", faulty, 3)
     assert code == 6, said
-    assert f"rank {1 - faulty} lost touch in " in said and f"rank {faulty} did not answer" in said and "--ddp_timeout 4 s" in said and ".py:" in said
+    assert f"rank {1 - faulty} lost touch in " in said and f"rank {faulty} did not answer" in said and "--ddp_timeout 3 s" in said and ".py:" in said
     assert "Traceback" not in said and faulty_code == -signal.SIGKILL
 
 

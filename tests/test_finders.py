@@ -5,8 +5,6 @@ import math
 import os
 import random
 import shlex
-import subprocess
-import sys
 import tempfile
 from argparse import Namespace
 
@@ -19,6 +17,7 @@ from data import Data
 from state import UsageError
 from tests import finder_task
 from tests.toy import rows
+from tools.chaos import exit_codes, start
 from tools.find_lr import Curve, main
 
 CURVATURE = 5.0         # gradient descent on CURVATURE / 2 * x**2 multiplies x by 1 - rate * CURVATURE: it shrinks below 2 / CURVATURE, and grows above
@@ -167,14 +166,25 @@ def test_a_mistake_is_one_message(temporary, said, words, train):
     assert not [*temporary.glob("tmp*")]
 
 
-def test_the_micro_batch_that_fits_trains_as_the_one_that_did_not(tmp_path):
-    """9 samples of 200 MB do not fit into 1500 MB, 3 do. The four processes are those of users."""
-    done = subprocess.run([sys.executable, "-m", "tools.find_batch", "--task", "tests.finder_task", "--memory_mb", "1500", "--run", "--", "--use_cpu",
-                           "--output_dir", tmp_path / "found"], capture_output=True, text=True, check=False, env={**os.environ, finder_task.MB: "200"})
-    assert done.returncode == 0, done.stderr
-    first, second, third, _, command = done.stdout.splitlines()[:5]
+def search(*argv: str) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):       # of a rank, which a user's process is not
+        del os.environ[name]
+    os.environ[finder_task.MB] = "200"
+    batches.main([*argv])
+
+
+def searched(folder: str) -> list[int]:
+    words = ["--task", "tests.finder_task", "--memory_mb", "1500", "--run", "--", "--use_cpu", "--output_dir", f"{folder}/found"]
+    return exit_codes(start(f"{folder}/log", 1, search, *words), folder)
+
+
+def test_the_micro_batch_that_fits_trains_as_the_one_that_did_not(fresh, tmp_path):
+    """9 samples of 200 MB do not fit into 1500 MB, 3 do. The processes of the two tries and of the training are those of users."""
+    code, said = fresh(searched, str(tmp_path)), (tmp_path / "log").read_text()
+    assert code == [0], said
+    first, second, third, _, command = said.splitlines()[:5]
     assert "micro-batch 9 x accumulation 1: out of memory" in first and "9 cannot be halved" in second and "micro-batch 3 x accumulation 3: fits" in third
-    assert "each of 9 samples = micro-batch 3 x accumulation 3" in done.stdout
+    assert "each of 9 samples = micro-batch 3 x accumulation 3" in said
     finder_task.run(["--use_cpu", "--output_dir", str(tmp_path / "whole")])
     finder_task.run([*shlex.split(command)[3:], "--output_dir", str(tmp_path / "printed")])
     whole, found, printed = ([row[key] for row in rows(tmp_path / name) for key in ("loss", "eval_loss") if key in row]

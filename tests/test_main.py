@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import main as launch
 
 from data import build_data
 from state import UsageError
@@ -49,13 +50,17 @@ def test_the_loss_of_the_default_model_falls_on_real_text(tmp_path):
     assert losses[0] > 3.3 and losses[-1] < 2.9      # 3.23 nats: the entropy of single bytes
 
 
-def test_torchrun_trains_on_two_real_ranks_and_gets_what_one_gets(tmp_path):
+def code_of_torchrun(folder: str, argv: list[str]) -> list[int]:
+    return exit_codes(start(f"{folder}/log", 1, launch, ["--standalone", "--nproc-per-node", "2", f"{ROOT}/train.py", *argv]), folder)
+
+
+def test_torchrun_trains_on_two_real_ranks_and_gets_what_one_gets(fresh, tmp_path):
     """Under fsdp the model is built on the meta device."""
     settings = [*TINY, "--learning_rate", "1e-3"]
-    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *settings, "--output_dir", tmp_path / "two",
-                      "--per_device_train_batch_size", "4", "--strategy", "fsdp")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("micro-batch 4 x accumulation 1 x ranks 2, fsdp") == 1      # rank 0 alone prints
+    code = fresh(code_of_torchrun, str(tmp_path), [*settings, "--output_dir", f"{tmp_path}/two", "--per_device_train_batch_size", "4", "--strategy", "fsdp"])
+    said = (tmp_path / "log").read_text()
+    assert code == [0], said
+    assert said.count("micro-batch 4 x accumulation 1 x ranks 2, fsdp") == 1      # rank 0 alone prints
     main([*settings, "--output_dir", str(tmp_path / "one")])
     two, one = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("two", "one"))
     assert two == pytest.approx(one, abs=1e-5)

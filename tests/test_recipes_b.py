@@ -1,4 +1,5 @@
 """Recipes of sequence-to-sequence tasks, question answering, pre-training, distillation and an own update, for a few updates each."""
+import functools
 import json
 import math
 import subprocess
@@ -21,6 +22,15 @@ WITH_TRANSFORMERS = NAMES[:4]
 QUICK = ["--disable_tqdm", "--seed", "1", "--max_steps", "40", "--warmup_steps", "4", "--logging_steps", "5", "--eval_strategy", "no"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """All tests here read the same part of the sources, which is nobody else's."""
+    yield
+    for module in [sys.modules[name] for name in map("recipes.{}".format, NAMES) if name in sys.modules]:
+        for cached in {"read", "baseline"} & vars(module).keys():
+            getattr(module, cached).cache_clear()
+
+
 @pytest.fixture
 def recipe(request, monkeypatch, tmp_path):
     """A recipe with little to read and to evaluate, that writes nothing outside of tmp_path."""
@@ -33,9 +43,7 @@ def recipe(request, monkeypatch, tmp_path):
     if request.param == "pretraining":
         monkeypatch.setattr(module, "movie_reviews", lambda source: corpora.movie_reviews())        # the short ones
     monkeypatch.chdir(tmp_path)
-    yield module
-    for cached in {"read", "baseline"} & vars(module).keys():      # of a part of the sources, which is nobody else's
-        getattr(module, cached).cache_clear()
+    return module
 
 
 def run(recipe, *argv: str):
@@ -100,10 +108,15 @@ def test_a_stream_goes_on_where_it_was(recipe, tmp_path):
     assert json.loads((tmp_path / "run/checkpoint-6/state.json").read_text())["stream"] is not None
 
 
+digits_once = functools.cache(corpora.digits)      # which each of many runs would parse
+
+
 def losses_of(folder, strategy: str, *argv: str) -> list[float]:
     from recipes import own_training_step
-    own_training_step.run([*QUICK, "--output_dir", str(folder), "--max_steps", "6", "--logging_steps", "1", "--strategy", strategy,
-                           "--save_strategy", "no", *argv])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_training_step, "digits", digits_once)
+        own_training_step.run([*QUICK, "--output_dir", str(folder), "--max_steps", "6", "--logging_steps", "1", "--strategy", strategy,
+                               "--save_strategy", "no", *argv])
     return [row.get("loss", row.get("eval_loss")) for row in rows(folder) if "loss" in row or "eval_loss" in row]
 
 

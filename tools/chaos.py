@@ -40,6 +40,7 @@ import datasets
 import torch
 import torch._dynamo
 import torch.distributed.fsdp
+from torch.distributed.run import main as launch
 
 from rundir import list_checkpoints
 from tests.toy import rows, timeless
@@ -205,15 +206,15 @@ def check_start(words: str, step: int) -> bool:
 # ---------------------------------------------------------------------------------------------------- one, ddp, fsdp, term
 
 class Case:
-    """A job in a new folder, what it leaves undisturbed, and the seconds that it and one of its saves take: without and with --save_async."""
+    """A job in a new folder, what it leaves undisturbed, and the seconds that it and one of its saves take: without (0) and with (1) --save_async."""
 
-    def __init__(self, folder: str, ranks: int, flags: tuple[str, ...]):
+    def __init__(self, folder: str, ranks: int, flags: tuple[str, ...], turns: tuple[int, ...] = (0, 1)):
         os.makedirs(folder)
         Path(folder, "text.txt").write_text(TEXT)
         os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = f"{folder}/cache"     # no kill shall touch the user's
         self.folder, self.ranks, self.flags = folder, ranks, flags
         self.clocks = []
-        for turn in (0, 1):
+        for turn in turns:
             out = f"{folder}/whole{turn}"
             begin, spans, name, since = time.monotonic(), [], "", 0.0
             pids = start(out + ".log", ranks, train_main, self.argv(out, turn))
@@ -302,12 +303,12 @@ def disturb(number: int, ranks: int, flags: tuple[str, ...], folder: str, tally:
 def torchrun(argv: list[str], log: str) -> list[int]:
     """Launches 2 workers; [the process id of the launcher]."""
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=5", "--monitor-interval=0.1"]
-    return start(log, 1, os.execv, sys.executable, [sys.executable, "-m", "torch.distributed.run", *options, f"{ROOT}/train.py", *argv])
+    return start(log, 1, launch, [*options, f"{ROOT}/train.py", *argv])
 
 
 def disturb_launch(what: str, folder: str, tally: Tally, kills: int, rng: random.Random) -> None:
     """Strikes, each after some progress. The launch goes on by itself if a worker dies; otherwise it may be launched again."""
-    case = Case(folder, 2, ("--max_steps", str(24 + 24 * kills), *(("--ddp_timeout", "6") if what == "stopped" else ())))
+    case = Case(folder, 2, ("--max_steps", str(24 + 24 * kills), *(("--ddp_timeout", "6") if what == "stopped" else ())), turns=(0,))
     run, log, step = f"{folder}/run", f"{folder}/run.log", 0
     launcher = torchrun(case.argv(run, 0), log)      # without a flag
     while tally.kills < kills:

@@ -44,7 +44,7 @@ CASES = list(itertools.product(*FACTORS)) if os.environ.get("PARITY") == "full" 
 
 def flags(schedule, optim, accumulation, warmup, clipping) -> dict:
     return {"lr_scheduler_type": schedule[0], "lr_scheduler_kwargs": schedule[1], "optim": optim, "gradient_accumulation_steps": accumulation,
-            "warmup_steps": warmup, "max_grad_norm": clipping, "learning_rate": 1e-2, "weight_decay": 0.1, "num_train_epochs": 4 if accumulation == 3 else 2}
+            "warmup_steps": warmup, "max_grad_norm": clipping, "learning_rate": 1e-2, "weight_decay": 0.1, "num_train_epochs": 3 if accumulation == 3 else 2}
 
 
 def same(there, here) -> None:
