@@ -82,7 +82,7 @@ def test_a_mistake_is_one_message(flags):
 def stop_at(point: str, stopped: int) -> None:
     if int(os.environ["RANK"]) == stopped and point == "start":
         os.kill(os.getpid(), signal.SIGSTOP)
-    main([*QUICK, "--timeout", "3", "--seconds", "600"])        # longer than it takes to stop
+    main([*QUICK, "--timeout", "8", "--seconds", "600"])        # longer than it takes to stop
 
 
 def codes_of_the_others(folder: str, point: str, stopped: int) -> tuple[list[int], str]:
