@@ -41,7 +41,7 @@ from parallel.context import REFUSED as REFUSED_ELSEWHERE
 from parallel.context import agree, begin, refuse_flags
 from parallel.tensor import ReplicatedParts
 from state import Batch, LossFn, Run, UsageError
-from world import World
+from world import World, print0
 from zero import DataParallel, Parallel, share
 
 REFUSED = {
@@ -162,6 +162,9 @@ class Stages(Parallel):
         model.register_forward_pre_hook(self.receive, with_kwargs=True)
         model.register_forward_hook(self.send)
         self.shape, self.schedule = (), None
+        if (m := args.gradient_accumulation_steps) < args.pp:
+            print0(world, f"note: an update of {m} micro-batch{'es' * (m > 1)} lets each of {args.pp} stages wait for {(args.pp - 1) / (m + args.pp - 1):.0%} of the time: "
+                          f"give --gradient_accumulation_steps {4 * args.pp} or more, and smaller micro-batches")
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         super().shard(optimizer)
