@@ -55,8 +55,8 @@ class Parallel:
     """How the training of a model is spread over ranks. This one is for one process: nothing is sent or split.
 
     parts: what this rank's optimizer trains, in the order of the model's parameters. saves: whether these belong into a checkpoint,
-    which they do not if another rank holds the same. split: whether other ranks train other parts. find_unused: allow parameters that
-    a loss does not use. One that no rank has used is left alone, as in one process."""
+    which they do not if another rank holds the same. split: whether other ranks train other parts; `group` then joins ranks whose parts are
+    all of the model, each once. find_unused: allow parameters that a loss does not use. One that no rank has used is left alone, as in one process."""
 
     def __init__(self, model: nn.Module, world: World, split: bool = False, find_unused: bool = True):
         self.model, self.world, self.split, self.saves, self.find_unused = model, world, split, split or world.writes, find_unused

@@ -155,7 +155,7 @@ class Stages(Parallel):
         self.whole, self.names = whole, [name for name, tensor in whole.items() if tensor.requires_grad]
         self.writes = world.groups["stage"].rank() == 0
         self.saves |= self.writes
-        self.group = dist.group.WORLD if args.strategy == "zero1" else world.groups["model"]       # what adds up to the norm of all gradients
+        self.group = dist.group.WORLD if args.strategy == "zero1" else world.groups["model"]       # of all stages
         held = dict(model.named_parameters())
         model.idle_parameters = -sum(tensor.numel() for name, tensor in whole.items() if name not in {*held, "embed.weight"})     # other ranks compute with these
         model.register_forward_pre_hook(partial(agree, world=world, group=world.groups["model"]), with_kwargs=True, prepend=True)
