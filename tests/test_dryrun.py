@@ -50,16 +50,18 @@ def check(predicted: Figures, measured: Figures, share: float = 0.02) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "flags"), [
-    (2, "--strategy ddp --gradient_accumulation_steps 4 --ddp_bucket_cap_mb 0.01"), (2, "--strategy fsdp --bf16 --gradient_accumulation_steps 3"),
+    (2, "--strategy ddp --gradient_accumulation_steps 4 --ddp_bucket_cap_mb 0.01"),
     (2, "--strategy zero2 --fp16 --cpu_offload --ema_decay 0.9 --ddp_bucket_cap_mb 0.01"),
-    (4, "--strategy hsdp --hsdp_shard_size 2 --gradient_accumulation_steps 3 --activation_checkpointing"),
-    (2, "--tp 2 --n_head 2"), (4, "--strategy fsdp --cp 2 --tp 2 --n_embd 48 --n_head 4 --gradient_accumulation_steps 3"),
+    (4, "--strategy hsdp --hsdp_shard_size 2 --gradient_accumulation_steps 3 --activation_checkpointing --bf16"),
+    (2, "--tp 2 --n_head 2"), (4, "--strategy fsdp --cp 2 --tp 2 --n_embd 48 --n_head 4 --n_layer 1"),
     (4, "--strategy zero1 --pp 2 --gradient_accumulation_steps 4 --ddp_bucket_cap_mb 0.01")])
 def test_it_predicts_what_real_ranks_hold_send_and_compute(world_size, flags, ranks):
     args = settings(flags)
     measured = ranks.run(world_size, measure, args, 2)
-    for rank in (0, world_size - 1):        # of tp the last has fewer words, of pp it is another stage
+    for rank in {0, world_size - 1} if args.tp * args.pp > 1 else {world_size - 1}:      # the last of tp has fewer words, of pp it is another stage
         check(predict(args, world_size, 2, rank), measured[rank])
+    if args.strategy in ("zero2", "fsdp"):
+        assert sum(figures.trained for figures in measured) == sum(p.numel() for p in build_model(args).parameters())
 
 
 def test_experts_are_predicted_with_even_routing(ranks):
@@ -70,19 +72,17 @@ def test_experts_are_predicted_with_even_routing(ranks):
         check(predict(args, 2, 2, rank), measured[rank], share=0.15)       # routers of 32 tokens that know nothing
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
-def test_it_agrees_with_another_count_of_what_ranks_hold_and_send(strategy, ranks):
-    measured = ranks.run(2, run_case, Case(strategy, 2, 2), 2, False)[0]
-    bucket = "" if strategy == "fsdp" else f"--ddp_bucket_cap_mb {BUCKET_MB}"
-    predicted = predict(parse_args(f"--strategy {strategy} --n_embd 64 --block_size {LENGTH} --per_device_train_batch_size {BATCH // 4} "
-                                   f"--gradient_accumulation_steps 2 {bucket}".split()), 2, 8)
+def test_it_agrees_with_another_count_of_what_ranks_hold(ranks):
+    measured = ranks.run(2, run_case, Case("zero1", 2, 2), 2, False)[0]
+    predicted = predict(parse_args(f"--strategy zero1 --n_embd 64 --block_size {LENGTH} --per_device_train_batch_size {BATCH // 4} "
+                                   f"--gradient_accumulation_steps 2 --ddp_bucket_cap_mb {BUCKET_MB}".split()), 2, 8)
     held = {"weights": predicted.parameters, "gradients": predicted.gradients, "optimizer": predicted.optimizer}
     assert held == pytest.approx(measured["held"], rel=0.02) and predicted.peak > predicted.activations + sum(held.values())
     assert predicted.total("inside") == pytest.approx(measured["sent"], rel=0.02) and predicted.total("between") == 0
 
 
 @pytest.mark.parametrize(("kind", "accumulation", "ranks", "rank"), [
-    ("ddp", 1, 16, 0), ("zero1", 5, 16, 0), ("zero2", 5, 512, 0), ("fsdp", 5, 512, 0), ("hsdp", 5, 512, 0),
+    ("zero1", 5, 16, 0), ("zero2", 5, 512, 0), ("fsdp", 5, 512, 0), ("hsdp", 5, 512, 0),
     ("tp", 2, 512, 9), ("pp", 8, 16, 0), ("pp", 3, 16, 15), ("cp", 2, 16, 3)])
 def test_it_grows_as_the_formulas_of_papers(kind, accumulation, ranks, rank):
     flags = f"--n_layer {8 if kind == 'pp' else 2} --n_embd 1024 --n_head 8 --vocab_size 512 --block_size 64 --per_device_train_batch_size 2 " \
@@ -95,13 +95,6 @@ def test_it_grows_as_the_formulas_of_papers(kind, accumulation, ranks, rank):
     if kind == "hsdp":      # between nodes only an all-reduce of what a rank holds
         P = sum(p.numel() for p in build_model(args).parameters())
         assert predicted.total("between") == pytest.approx(2 * 4 * P / 8 * (1 - 8 / ranks), rel=0.02)
-
-
-@pytest.mark.parametrize("flags", ["--strategy zero2 --optim muon", "--strategy fsdp --tp 3"])
-def test_ranks_train_all_together(flags):
-    args = settings(flags)
-    found = [predict(args, 3, 8, rank).trained for rank in range(3)]
-    assert sum(found) == sum(p.numel() for p in build_model(args).parameters()) and len({*found}) > 1
 
 
 def test_activations_are_what_autograd_keeps():

@@ -6,7 +6,8 @@
 Any flags of train.py, and those of this tool. Nothing is computed or sent: the code that would train, from build_model to train_step, makes two
 updates of one rank on tensors without numbers, in a process group without peers, and every operator is looked at (tools/ledger.py). The first
 update makes the optimizer's state, the second is counted. Of an accumulation over more than two micro-batches the first stands for all but the
-last. Micro-batches are full, of --block_size tokens; data, evaluation and checkpoints are not looked at.
+last; under --pp all are looked at. Micro-batches are full, of --block_size tokens; data, evaluation and checkpoints are not looked at.
+Under --n_experts each expert is assumed to get as many tokens. --rank: stages, and last parts of what ranks do not divide, differ.
 
 --measure trains on real ranks of this machine too, and shows predicted / measured.
 """

@@ -141,7 +141,7 @@ def draw(points: list[Point]) -> str:
     for i, kind in enumerate((*STRATEGIES, *LAYOUTS)):
         y, text = 80 + 26 * i, kind if kind in STRATEGIES else f"below: --{kind} over up to {DEEPEST} ranks, ddp over the rest"
         parts.append(f'<circle class="key" cx="900" cy="{y - 4}" r="4" fill="{COLOURS[kind]}"/><text x="912" y="{y}">{text}</text>')
-    parts.append('<text x="900" y="310">bytes of a rank; lines: formulas, dots: traced; across: ranks</text></svg>\n')
+    parts.append('<text x="890" y="310">bytes of one rank, over ranks; lines: formulas, dots: traced</text></svg>\n')
     return "\n".join(parts)
 
 
