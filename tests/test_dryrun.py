@@ -117,8 +117,8 @@ def test_a_ledger_knows_what_is_alive():
     with Ledger(Clock(), 8) as ledger:
         a = torch.ones(1000)
         foreign.view(10, 50).add_(1)        # made out of sight, as what a backend keeps for itself
-        b = a[:10] + 1
-        assert ledger.now == 4040
+        b, nothing = a[:10] + 1, torch.empty(1000, device="meta") + 1
+        assert ledger.now == 4040 and nothing.nbytes == 4000
         c = a * 2
         del a, c
         assert (ledger.now, ledger.peak) == (40, 8040)

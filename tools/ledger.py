@@ -141,6 +141,8 @@ class Ledger(TorchDispatchMode):
     def see(self, value, unknown: set[int] | None = None) -> None:
         """Takes note of the storages of all tensors in a value; of those that are new in `unknown` too, if there is one."""
         for tensor in tensors_in(value):
+            if tensor.device.type == "meta":        # it has no memory
+                continue
             storage = tensor.untyped_storage()
             key = id(storage)
             if key not in self.sizes:
