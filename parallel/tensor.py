@@ -161,7 +161,8 @@ def local_rows(tensor: DTensor) -> tuple[Tensor, int]:
     for dim in reversed(range(mesh.ndim)) if by_rows else range(mesh.ndim):      # fsdp has cut the rows that a rank of tp had
         size = -(-(stop - first) // mesh.size(dim))      # as torch.chunk does
         first, stop = min(stop, first + mesh.get_local_rank(dim) * size), min(stop, first + (mesh.get_local_rank(dim) + 1) * size)
-    return rows.to_local(), first * (tensor.numel() // tensor.shape[0])
+    local = rows.to_local() if by_rows else rows.to_local().clone()      # on CPUs torch gathers the whole, and this would be a view of it
+    return local, first * (tensor.numel() // tensor.shape[0])
 
 
 def put_rows(tensor: DTensor, rows: Tensor) -> None:

@@ -27,13 +27,14 @@ KINDS = {"all-reduce": "allreduce_ allreduce_coalesced_ all_reduce all_reduce_ a
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
 FLOPS = flop_registry | {name: shape_wrapper(formula) for name, formula in FORMULAS.items()}
-CONTROL = 16        # numbers; a collective of integers, or of at most so many, carries counts, flags and norms, and not the model
+CONTROL = 16        # numbers; a collective of integers, or of at most so many, carries ids, counts, flags and norms, and not the model
 
 
 class Route(NamedTuple):
-    """A kind of collective among `size` ranks, of which `local` are on this rank's node."""
+    """A kind of collective in a group, by its name, of `size` ranks, of which `local` are on this rank's node."""
 
     kind: str
+    group: str
     size: int
     local: int
     control: bool
@@ -77,14 +78,17 @@ class Ledger(TorchDispatchMode):
     """Watches every operator while it is entered: `now` and `peak` are bytes on the device, `traffic` what was sent, by route.
 
     clock: the world's, which knows whether forward, backward or the optimizer is at work. fake: tensors have no numbers; a host that asks
-    for one in the update (is it finite?) is told 1, and any other is refused. `activations`: the most that a forward pass has left for backward."""
+    for one outside of passes (is a norm finite? have stages agreed?) is told 1, and any other is refused. groups: by name, those that are not of all ranks.
+    `activations`: the most that forward passes have left for backward."""
 
-    def __init__(self, clock: Clock, ranks_per_node: int, fake: bool = False):
+    def __init__(self, clock: Clock, ranks_per_node: int, fake: bool = False, groups: dict[str, dist.ProcessGroup] | None = None):
         super().__init__()
         self.clock, self.ranks_per_node, self.fake = clock, ranks_per_node, fake
+        self.names = {group.group_name: name for name, group in (groups or {}).items()}
         self.storages: dict[int, weakref.ref] = {}      # that are alive, by identity
         self.sizes: dict[int, int] = {}
-        self.elastic: set[int] = set()      # those that FSDP empties and fills again, which no operator shows
+        self.elastic: set[int] = set()      # those that FSDP empties, which no operator shows, and fills again
+        self.filled: set[int] = set()       # of these
         self.host: set[int] = set()         # those that are not on the device
         self.foreign: set[int] = set()      # those that no operator has made: buffers of gloo, as others of NCCL would be
         self.now = self.peak = self.activations = self.began = 0
@@ -103,7 +107,7 @@ class Ledger(TorchDispatchMode):
             return NotImplemented       # no work; or of a DTensor, which comes again as operators on its parts
         self.enter_phase()
         if self.fake and func is torch.ops.aten._local_scalar_dense.default:
-            if self.phase != "optimizer":
+            if self.phase in ("forward", "backward"):
                 raise UsageError(f"the {self.phase} pass depends on a number that only a real run has (.item() or a like call): "
                                  f"it cannot be simulated")
             return 1.0 if args[0].is_floating_point() else 1
@@ -114,7 +118,7 @@ class Ledger(TorchDispatchMode):
         if func._overloadpacket in FLOPS:
             self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=result)
         self.see([args, kwargs, result])
-        for key in self.elastic:
+        for key in [*self.filled]:
             self.resize(key, self.storages[key]().nbytes())
         if self.now > self.peak:
             self.peak, self.peak_phase = self.now, self.phase
@@ -132,11 +136,13 @@ class Ledger(TorchDispatchMode):
 
     def gathered(self) -> int:
         """Bytes of weights that FSDP has gathered."""
-        return sum(self.sizes[key] for key in self.elastic)
+        return sum(self.sizes[key] for key in self.filled)
 
     def see(self, value, unknown: set[int] | None = None) -> None:
         """Takes note of the storages of all tensors in a value; of those that are new in `unknown` too, if there is one."""
         for tensor in tensors_in(value):
+            if tensor.device.type == "meta":        # it has no memory
+                continue
             storage = tensor.untyped_storage()
             key = id(storage)
             if key not in self.sizes:
@@ -149,6 +155,8 @@ class Ledger(TorchDispatchMode):
         if size != self.sizes[key]:
             self.now += 0 if key in self.host or key in self.foreign else size - self.sizes[key]
             self.sizes[key] = size
+            if key in self.elastic:
+                (self.filled.add if size else self.filled.discard)(key)
 
     def forget(self, key: int) -> None:
         self.resize(key, 0)
@@ -172,8 +180,8 @@ class Ledger(TorchDispatchMode):
         self.peak, self.activations, self.traffic, self.flops, self.before_forward = self.now, 0, {}, 0, None
 
     def count(self, name: str, args: list, result) -> None:
-        """A collective, or the wait for a functional one."""
-        if name == "wait_tensor":
+        """A collective, or what comes with a functional one."""
+        if name in ("wait_tensor", "_wrap_tensor_autograd"):
             return
         if name not in KIND_OF:
             raise UsageError(f"the collective {name} is not known here: it cannot be counted")
@@ -189,7 +197,7 @@ class Ledger(TorchDispatchMode):
         if kind in ("send", "receive"):
             peer = next(arg for arg in args if type(arg) is int)        # its rank in the group
             ranks = [dist.get_rank(), ranks[peer]]
-        return Route(kind, len(ranks), sum(rank // self.ranks_per_node == node for rank in ranks), control)
+        return Route(kind, self.names.get(group.group_name, "all"), len(ranks), sum(rank // self.ranks_per_node == node for rank in ranks), control)
 
 
 def find_group(args: list) -> dist.ProcessGroup:

@@ -19,24 +19,22 @@ import tempfile
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from args import TrainArgs
 from callbacks import Callback
+from cost import Clock
 from data import Blocks
 from distributed import build_on, find_units, local_part, whole
 from loop import train
 from loss import compute_loss
 from model import GPT
 from tests.ranks import Ranks
-from tools.ledger import storage_bytes
+from tools.ledger import Ledger, Route, Traffic, sent, storage_bytes
 from world import open_world, set_seed
 
 BATCH, LENGTH, BUCKET_MB = 8, 32, 0.05
 BOUNDS = {"float64": 1e-11, "float32": 1e-5, "bf16": 3e-2, "fp16": 3e-2}
 MEMORY_SHARE, SENT_SHARE, GROWTH_SHARE = 0.05, 0.05, 0.15
-COLLECTIVES = {"all_reduce": 2, "allreduce_": 2, "_reduce_scatter_base_": 1, "_allgather_base_": 1, "alltoall_base_": 1}
 
 
 @dataclass
@@ -50,32 +48,11 @@ class Case:
     folder: str = field(default_factory=tempfile.mkdtemp)      # of its run, the same on all ranks
 
 
-class Sent(TorchDispatchMode):
-    """Counts the bytes that this rank sends in collectives on ring algorithms, control values (integers and single numbers) apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.reductions = 0.0, 0
-        self.message = 0        # numbers in the one about the loss and the use of parameters, which is no gradient
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._overloadpacket.__name__
-        if func.namespace == "c10d" and name != "monitored_barrier_":
-            tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-            groups = [dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
-            payload = max(tensors, key=lambda t: t.nbytes)
-            if payload.is_floating_point() and payload.numel() > 16 and payload.numel() != self.message:
-                size = groups[0].size()
-                self.bytes += payload.nbytes * COLLECTIVES[name] * (size - 1) / size
-                self.reductions += name in ("allreduce_", "_reduce_scatter_base_")
-        return func(*args, **(kwargs or {}))
-
-
 class Watch(Callback):
     """Bytes that this rank holds, at the end of a micro-batch and before the update; what it sends in the last update."""
 
-    def __init__(self):
-        self.held, self.sent, self.rss, self.buckets = {"weights": 0, "gradients": 0, "optimizer": 0}, Sent(), 0, []
+    def __init__(self, clock: Clock):
+        self.held, self.ledger, self.rss, self.buckets = {"weights": 0, "gradients": 0, "optimizer": 0}, Ledger(clock, 8), 0, []
         self.peak = 0
 
     def look_inside(self, model) -> None:
@@ -96,7 +73,7 @@ class Watch(Callback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step + 1 == state.max_steps:
-            self.sent.__enter__()
+            self.ledger.__enter__()
 
     def on_substep_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step + 1 == state.max_steps:
@@ -108,7 +85,7 @@ class Watch(Callback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:
-            self.sent.__exit__(None, None, None)
+            self.ledger.__exit__(None, None, None)
 
 
 def resident() -> int:
@@ -124,15 +101,16 @@ def run_case(case: Case, updates: int, weights: bool) -> dict:
                      learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.5, ddp_bucket_cap_mb=25.0 if case.strategy in ("fsdp", "hsdp") else BUCKET_MB, bf16=case.precision == "bf16",
                      fp16=case.precision == "fp16", hsdp_shard_size=2 if case.strategy == "hsdp" else None, disable_tqdm=True)
     tokens = torch.randint(256, (100 * LENGTH + 1,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    data, watch = Blocks(tokens, torch.arange(0, 100 * LENGTH, LENGTH), LENGTH), Watch()
+    data = Blocks(tokens, torch.arange(0, 100 * LENGTH, LENGTH), LENGTH)
     before = resident()
     with open_world(args) as world:
         set_seed(0)
         model = build_on(world, lambda: GPT(256, LENGTH, case.n_layer, 4, case.n_embd), meta_init=True)
         if case.precision == "float64":
             model = model.double()
-        run, loader, _ = assemble(args, world, model, data, callbacks=[watch])
-        run.callbacks.callbacks, watch.sent.message = [watch], 1 + len(run.parallel.names)
+        run, loader, _ = assemble(args, world, model, data)
+        watch = Watch(world.clock)
+        run.callbacks.callbacks = [watch]
         if case.strategy in ("ddp", "zero1", "zero2") and world.world_size > 1:
             watch.buckets = run.parallel.buckets
             for p in model.parameters():        # after the trainer's own hooks: what is held in the middle of backward
@@ -142,8 +120,12 @@ def run_case(case: Case, updates: int, weights: bool) -> dict:
         bare = run.model
         names = dict(bare.named_parameters()) if weights else {}
         units = [sum(math.prod(p.shape) for p in unit.parameters()) for unit in find_units(bare, None)]
-        return {"losses": losses, "weights": {name: whole(p) for name, p in names.items()}, "held": watch.held, "sent": watch.sent.bytes,
-                "reductions": watch.sent.reductions, "peak": watch.peak, "buckets": [bucket.size * 4 for bucket in watch.buckets],
+        traffic = {route: each for route, each in watch.ledger.traffic.items() if not route.control}
+        n, told = world.world_size, 8 * (1 + len(run.parallel.names))       # a message about the loss and the use of parameters, which is no gradient
+        message = sent(Route("all-reduce", "all", n, n, False), told) if n > 1 else Traffic()
+        reductions = sum(traffic[route].count for route in traffic if route.kind in ("all-reduce", "reduce-scatter")) - message.count
+        return {"losses": losses, "weights": {name: whole(p) for name, p in names.items()}, "held": watch.held, "sent": sum(each.inside for each in traffic.values()) - message.inside,
+                "reductions": reductions, "peak": watch.peak, "buckets": [bucket.size * 4 for bucket in watch.buckets],
                 "grew": watch.rss - before, "units": units,
                 "total": sum(math.prod(p.shape) for p in bare.parameters())}
 
