@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from collators import IGNORE
@@ -46,15 +46,17 @@ def split_layers(model: nn.Module, args, world: World) -> None:
     if not on_meta:
         share([*model.to(world.device).parameters()])
     norm, into, out_of = SequenceParallel(use_local_output=True), ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
-    plan = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)), "norm": norm, "head": into,
+    plan = {"norm": norm, "head": into,
             "blocks.*.attn_norm": norm, "blocks.*.attn.qkv": into, "blocks.*.attn.out": out_of,
             "blocks.*.mlp_norm": norm, "blocks.*.up": into, "blocks.*.down": out_of}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     parallelize_module(model, mesh, plan, src_data_rank=None)
+    model.embed.weight = nn.Parameter(distribute_tensor(model.embed.weight, mesh, [Shard(0)], src_data_rank=None))
     for name, p in model.named_parameters():        # SequenceParallel forgets it
         p.requires_grad_(name in trained)
     if on_meta and args.strategy == "ddp" and args.pp == 1:     # else the parts are cut first
         materialize(model, world.device)
+    model.embed.forward = partial(split_embedding, embed=model.embed, mesh=mesh, vocab_size=model.vocab_size)
     model.head_loss = partial(split_head_loss, mesh=mesh, vocab_size=model.vocab_size)
     model.register_forward_pre_hook(partial(agree, world=world, group=mesh.get_group()), with_kwargs=True)
 
@@ -85,7 +87,16 @@ def refuse(model: nn.Module, args, world: World) -> None:
         raise UsageError(f"--tp {args.tp} leaves ranks without a word of --vocab_size {model.vocab_size}: give less")
 
 
-# ---------------------------------------------------------------------------------------------------- the loss
+# ---------------------------------------------------------------------------------------------------- the vocabulary
+
+def split_embedding(ids: Tensor, embed: nn.Embedding, mesh: DeviceMesh, vocab_size: int) -> Tensor:
+    """ids (B, T) -> (B, T/N, C). torch's own would make the gradient of all words on each rank."""
+    rows = embed.weight.to_local()
+    place = ids - mesh.get_local_rank() * -(-vocab_size // mesh.size())
+    mine = (place >= 0) & (place < len(rows))
+    summand = F.embedding(place.where(mine, 0), rows) * mine[..., None]
+    return DTensor.from_local(summand, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
+
 
 def split_head_loss(hidden: Tensor, head: DTensor, labels: Tensor, label_smoothing: float, mesh: DeviceMesh, vocab_size: int) -> Tensor:
     """1 / N of `head_cross_entropy`: hidden (B, T/N, C) of this rank's tokens, labels (B, T)."""

@@ -14,8 +14,8 @@ from state import UsageError
 from tests.test_hosts import ip
 from tests.toy import arguments, as_program
 from tools.chaos import any_ended, exit_codes, said, send, start, until
+from tools.ledger import Ledger
 from tools.netcheck import FACTORS, collective, main, partner
-from tools.strategies import Sent
 from world import open_world
 
 QUICK = ["--use_cpu", "--seconds", "0.001", "--timeout", "20"]
@@ -45,9 +45,9 @@ def sent_by(names: list[str]) -> list[float]:
     found = []
     with open_world(arguments("none")) as world:
         for name in names:
-            with Sent() as sent:
+            with Ledger(world.clock, ranks_per_node=3) as ledger:
                 collective(name, 1200, (0, 1, 2), dist.group.WORLD, world.device)()
-            found.append(sent.bytes)
+            found.append(sum(traffic.inside for traffic in ledger.traffic.values()))
     return found
 
 
@@ -82,7 +82,7 @@ def test_a_mistake_is_one_message(flags):
 def stop_at(point: str, stopped: int) -> None:
     if int(os.environ["RANK"]) == stopped and point == "start":
         os.kill(os.getpid(), signal.SIGSTOP)
-    main([*QUICK, "--timeout", "8", "--seconds", "600"])        # longer than it takes to stop
+    main([*QUICK, "--timeout", "5", "--seconds", "600"])        # longer than it takes to stop
 
 
 def codes_of_the_others(folder: str, point: str, stopped: int) -> tuple[list[int], str]:
@@ -91,7 +91,7 @@ def codes_of_the_others(folder: str, point: str, stopped: int) -> tuple[list[int
     pids = start(log, 3, stop_at, point, stopped)
     others = [pid for rank, pid in enumerate(pids) if rank != stopped]
     if point == "collectives":
-        until(lambda: "algorithm" in said(log) or any_ended(others), "the first collective")
+        until(lambda: "all-reduce" in said(log) or any_ended(others), "the first collective")     # before it gloo connects, for 30 s if need be
         os.kill(pids[stopped], signal.SIGSTOP)
     codes = exit_codes(others, log)
     send([pids[stopped]], signal.SIGKILL)

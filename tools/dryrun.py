@@ -87,6 +87,10 @@ class DryWorld(World):
         super().count(*values)
         return [value * self.data_ranks for value in values]
 
+    def of_first(self, values: list[int], group: dist.ProcessGroup) -> list[int]:
+        dist.broadcast(torch.zeros(len(values), dtype=torch.int64), group=group, group_src=0)
+        return values
+
     def gather_json(self, value) -> list:
         return [value] * self.world_size
 
