@@ -188,6 +188,7 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
     args, state, world = run.args, run.state, run.world
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     parameters = sum(p.numel() for p in (dict(run.model.named_parameters()) | run.parallel.whole).values() if p.requires_grad)
+    layout = f"ranks: {world.world_size} = pp {args.pp} x data-parallel {world.data_ranks} x cp {args.cp} x tp {args.tp}\n" * (world.data_ranks < world.world_size)
     epochs = "" if train_loader.num_samples is None else f" ({state.max_steps / windows(args, len(train_loader)):.3g} epochs)"
 
     def count(loader: Loader | dict | None) -> str:
@@ -199,8 +200,8 @@ def print_summary(run: Run, train_loader: Loader, eval_loader: Loader | None, ab
     print0(world, f"data: {about}\n"
            f"samples: {count(train_loader)}, held out: {count(eval_loader)}\n"
            f"updates: {state.max_steps:,}{epochs}, each of {micro * accumulation * world.data_ranks:,} samples = "
-           f"micro-batch {micro} x accumulation {accumulation} x ranks {world.data_ranks}"
-           f"{''.join(f' x {name} {getattr(args, name)}' for name in ('cp', 'tp', 'pp') if getattr(args, name) > 1)}{f', {args.strategy}' * (world.world_size > 1)}\n"
+           f"micro-batch {micro} x accumulation {accumulation} x {'data-parallel ' * bool(layout)}ranks {world.data_ranks}"
+           f"{f', {args.strategy}' * (world.world_size > 1)}{f', ep {args.ep}' * (args.ep > 1)}\n{layout}"
            f"model: {parameters:,} trainable parameters on {world.device}, "
            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} per rank")
 

@@ -262,7 +262,7 @@ def open_groups(args, rank: int, world_size: int) -> dict[str, dist.ProcessGroup
     size = args.pp * args.cp * args.tp
     if world_size % size:
         given = " ".join(f"--{name} {getattr(args, name)}" for name in ("pp", "cp", "tp") if getattr(args, name) > 1)
-        raise UsageError(f"{given} makes groups of {size} ranks, and there are {world_size}: let torchrun start a multiple of that")
+        raise UsageError(f"{given} makes groups of {size} ranks, and there {f'are {world_size}' if world_size > 1 else 'is 1'}: let torchrun start a multiple of that")
     grid, stages = torch.arange(world_size).view(-1, args.cp, args.tp), torch.arange(world_size).view(args.pp, -1)
     kinds = {"tp": grid, "data": stages.unflatten(1, (-1, args.tp)).mT} if args.tp > 1 else {}      # first: a process may open several worlds,
     kinds |= {"cp": grid.mT} if args.cp > 1 else {}                 # and DTensor remembers the names of groups, which are their numbers

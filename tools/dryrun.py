@@ -230,7 +230,7 @@ def build(args: TrainArgs, world: World, samples: Samples, ledger: Ledger, fake:
     if not sharded:
         enter()
     model = build_on(world, lambda: build_model(args), build_model.meta_init)
-    if fake is not None and not sharded:
+    if fake is not None:
         model.to = lambda device: model     # torch cannot move fake weights, and they are where they belong
     with contextlib.ExitStack() as chunks:
         if sharded:

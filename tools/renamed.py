@@ -26,6 +26,8 @@ REMOVED = {flag: hint for flags, hint in {   # flags people may bring along from
     "predict_with_generate generation_max_length generation_num_beams": "give evaluate a predict_fn that generates, as recipes/translation.py does",
     "half_precision_backend fp16_backend": "PyTorch's own is used", "tpu_num_cores": "there is no TPU support",
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo": "python -m tools.publish push sends a checkpoint", "log_level log_level_replica log_on_each_node": "rank 0 prints",
+    "tensor_parallel_size tensor_model_parallel_size tp_size": "use --tp", "pipeline_parallel_size pipeline_model_parallel_size pp_size": "use --pp",
+    "context_parallel_size sequence_parallel_size cp_size": "use --cp", "expert_parallel_size expert_model_parallel_size ep_size": "use --ep", "num_experts": "use --n_experts",
     "auto_find_batch_size": "python -m tools.find_batch finds one, and keeps the samples of an update", "use_liger_kernel": "the built-in loss is chunked",
     "debug": "a value that is not finite is always found",
     "use_mps_device jit_mode_eval past_index mp_parameters use_ipex torchdynamo ray_scope fp16_opt_level": "it has no successor",
