@@ -106,7 +106,7 @@ def hosts():
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             ip("-n", name, "link", "set", link, "up")
             ip("-n", name, "link", "set", "lo", "up")
-            ip("netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_retries2=6")      # a lost connection is known to be lost after 25 s, not 15 minutes
+            ip("netns", "exec", name, "sh", "-c", "echo 6 > /proc/sys/net/ipv4/tcp_retries2")      # a lost connection is known to be lost after 25 s, not 15 minutes
         yield list(zip(names, links, addresses))
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"network namespaces are not allowed here: {error} {getattr(error, 'stderr', '')}")
