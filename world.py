@@ -264,10 +264,10 @@ def open_groups(args, rank: int, world_size: int) -> dict[str, dist.ProcessGroup
         given = " ".join(f"--{name} {getattr(args, name)}" for name in ("pp", "cp", "tp") if getattr(args, name) > 1)
         raise UsageError(f"{given} makes groups of {size} ranks, and there {f'are {world_size}' if world_size > 1 else 'is 1'}: let torchrun start a multiple of that")
     grid, stages = torch.arange(world_size).view(-1, args.cp, args.tp), torch.arange(world_size).view(args.pp, -1)
-    kinds = {"tp": grid, "data": stages.unflatten(1, (-1, args.tp)).mT} if args.tp > 1 else {}      # first: a process may open several worlds,
-    kinds |= {"cp": grid.mT} if args.cp > 1 else {}                 # and DTensor remembers the names of groups, which are their numbers
-    if args.pp > 1:     # model: the ranks that hold a model together
-        kinds |= {"pp": stages.T, "stage": stages, "model": stages.unflatten(1, (-1, args.tp)).transpose(0, 1).flatten(1)}
+    by_place = stages.unflatten(1, (-1, args.tp))       # (stages, models of a stage, tp)
+    kinds = {"tp": grid, "data": by_place.mT} if args.tp > 1 else {}     # first: DTensor remembers groups by their numbers, in all worlds of a process
+    kinds |= {"cp": grid.mT} if args.cp > 1 else {}
+    kinds |= {"pp": stages.T, "stage": stages, "model": by_place.transpose(0, 1).flatten(1)} if args.pp > 1 else {}     # model: ranks that hold one together
     return {name: open_group(args, rank, ranks.flatten(0, -2)) for name, ranks in kinds.items()}
 
 

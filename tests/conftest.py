@@ -2,31 +2,19 @@ import os
 
 import pytest
 import torch
-from xdist.scheduler import LoadFileScheduling
 
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"        # before huggingface_hub is imported
 
-LAUNCHING = {f"test_{name}.py" for name in ["strategies", "pipeline", "parallel", "chaos", "hosts", "dryrun", "netcheck", "experts", "tools", "failures"]}     # ranks, nearly all the time
-
-
-class Apart(LoadFileScheduling):
-    """Of two processes that run tests one takes what launches ranks, since more of them than cores slow each other down, and the other one the rest, by files."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        name = nodeid.partition("::")[0].rpartition("/")[2]
-        return "ranks" if name in LAUNCHING else name
-
-
-def pytest_xdist_make_scheduler(config, log):
-    return Apart(config, log)
+SLOWEST = ("test_strategies", "test_failures", "test_chaos", "test_main", "test_hosts", "test_convert", "test_sweep", "test_fuzz", "test_finetune", "test_recipes_b", "test_resume", "test_lora")
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest begins."""
-    items.sort(key=lambda item: item.path.name not in LAUNCHING)
+    """Files that take longest first: of several processes that each run whole files, none is left alone with one of them at the end."""
+    order = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

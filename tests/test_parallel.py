@@ -1,4 +1,5 @@
 """Context and tensor parallelism are the same training: the weights and losses of one process."""
+import math
 from functools import partial
 
 import numpy as np
@@ -44,6 +45,10 @@ def texts(n: int, seed: int = 0, packed: bool = False) -> list[dict]:
     return samples
 
 
+def data_ranks(world_size: int, changes: dict) -> int:
+    return world_size // math.prod(changes.get(name, 1) for name in ("pp", "cp", "tp"))
+
+
 def settings(output_dir, data_ranks: int, **changes):
     return arguments(output_dir, **{"per_device_train_batch_size": 4 // data_ranks, "gradient_accumulation_steps": 2, "max_steps": 10, "max_grad_norm": 0.5,
                                     "weight_decay": 0.1, "eval_strategy": "steps", "eval_steps": 5, **changes})
@@ -51,8 +56,7 @@ def settings(output_dir, data_ranks: int, **changes):
 
 def finish(output_dir, world_size: int, dtype: torch.dtype = torch.float64, packed: bool = False, **changes):
     """Weights at the end, all losses of training and evaluation, and what was counted."""
-    data_ranks = world_size // changes.get("cp", 1) // changes.get("tp", 1)
-    args = settings(output_dir, data_ranks, **changes)
+    args = settings(output_dir, data_ranks(world_size, changes), **changes)
     data = {"train_set": texts(SAMPLES, packed=packed), "eval_set": texts(5, seed=1, packed=packed)}
     with toy_run(args, model=heads4(dtype), **data) as (run, train_loader, eval_loader):
         train(run, train_loader, eval_loader, compute_loss)
@@ -197,7 +201,7 @@ def test_ranks_that_share_a_sequence_see_the_same_one_even_if_the_data_set_draws
 def saved(output_dir, world_size: int, resume=None, **changes):
     """Everything that a checkpoint keeps, after loading and at the end: weights and moments by name, of this rank's parts."""
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "resume_from_checkpoint": resume, "eval_strategy": "no"}
-    args = settings(output_dir, world_size // changes.get("cp", 1) // changes.get("tp", 1), **{**saving, **changes})
+    args = settings(output_dir, data_ranks(world_size, changes), **{**saving, **changes})
     with toy_run(args, model=heads4(), train_set=texts(SAMPLES)) as (run, loader, _):
         loaded = held_state(run)
         train(run, loader, None, compute_loss)

@@ -1,5 +1,4 @@
 """A model in stages on several ranks is the same training: the weights and losses of one process."""
-import math
 import os
 
 import numpy as np
@@ -11,7 +10,7 @@ from callbacks import Callback
 from loop import train
 from loss import compute_loss
 from state import UsageError
-from tests.test_parallel import SAMPLES, Noisy, collate, heads4, on_ranks, texts
+from tests.test_parallel import SAMPLES, Noisy, collate, data_ranks, heads4, on_ranks, texts
 from tests.test_strategies import call, held_state, join
 from tests.toy import VOCAB, arguments, rows, toy_run, weights
 from tools.chaos import exit_codes, said, start
@@ -28,10 +27,6 @@ def settings(output_dir, data_ranks: int = 1, **changes):
 def ragged(n: int, seed: int = 0, packed: bool = False) -> list[dict]:
     """texts of different lengths: so are micro-batches."""
     return [{name: row[:len(row) - i % 3] for name, row in sample.items()} for i, sample in enumerate(texts(n, seed, packed))]
-
-
-def data_ranks(world_size: int, changes: dict) -> int:
-    return world_size // math.prod(changes.get(name, 1) for name in ("pp", "cp", "tp"))
 
 
 class Substeps(Callback):
